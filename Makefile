@@ -1,0 +1,26 @@
+# make demo: train on the machine at hand and sample with and without the sampler head; make test: run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/python train.py config/train_char_diffusion_sampler.py
+	$(BIN)/python sample_simple.py --num-samples 3 --disable-sampler --no-progress
+	$(BIN)/python sample_simple.py --num-samples 3 --no-progress
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-cache-dir -r requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(BIN)/pip install --quiet --no-cache-dir -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache

@@ -1,0 +1,219 @@
+"""Corpora on disk: text to token ids and back, preparing a folder of data/, reading it for training.
+
+A corpus is a folder with train.bin and val.bin (uint16 ids, the first 90% and the last 10% of the text) and
+meta.json (vocabulary, counts, source, sha256). The last id of every vocabulary is [MASK], which no text holds.
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import urllib.error
+import urllib.request
+
+import numpy as np
+
+from errors import InputError
+
+DATA_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+BPE_SIZE = 50257    # GPT-2's vocabulary, https://github.com/openai/tiktoken
+
+
+class DownloadError(InputError):
+    """A corpus could not be fetched; another one may serve."""
+
+
+# -----------------------------------------------------------------------------
+# text <-> ids
+
+class Tokenizer:
+    """Characters, or GPT-2 byte pairs, to ids and back, from the 'kind' and 'chars' of a corpus's meta."""
+
+    def __init__(self, meta):
+        self.meta = meta
+        self.chars = meta['chars'] if meta['kind'] == 'char' else None
+        self.ids = {c: i for i, c in enumerate(self.chars)} if self.chars else None
+        self.bpe = None if self.chars else gpt2_encoding()
+        self.mask_id = meta['vocab_size'] - 1
+
+    def encode(self, text):
+        """Ids of text, a list of int. InputError names the characters that the vocabulary lacks."""
+        if self.bpe:
+            return self.bpe.encode_ordinary(text)
+        unknown = sorted(set(text) - set(self.ids))
+        if unknown:
+            raise InputError(f'{"".join(unknown)!r} is not in the vocabulary of {self.meta["name"]}; '
+                             f'it has {"".join(self.chars)!r}')
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids, mask='_'):
+        """Text of ids; a [MASK], which only unfinished text has, shows as mask."""
+        if self.chars:
+            return ''.join(mask if i == self.mask_id else self.chars[i] for i in ids)
+        pieces, run = [], []
+        for i in [*ids, self.mask_id]:
+            if i == self.mask_id:
+                pieces.append(self.bpe.decode(run))
+                run = []
+            else:
+                run.append(i)
+        return mask.join(pieces)
+
+
+def gpt2_encoding():
+    """GPT-2's byte pairs from tiktoken, which downloads its table once. InputError without a network."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as error:    # tiktoken lets errors of requests, urllib3 and the file system through
+        raise DownloadError(f'tiktoken could not fetch the GPT-2 table ({type(error).__name__}); connect once, or set '
+                            f'TIKTOKEN_CACHE_DIR to a folder that has it, or train on characters') from error
+
+
+# -----------------------------------------------------------------------------
+# preparing
+
+def read_text(path):
+    """Text of a UTF-8 file. InputError if there is none or it is not text."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except OSError as error:
+        raise InputError(f'cannot read {path!r}: {error.strerror}; wanted a UTF-8 text file') from error
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path!r} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv -t utf-8') from error
+    if '\0' in text:
+        raise InputError(f'{path!r} holds zero bytes: a binary file, wanted UTF-8 text')
+    return text
+
+
+def download(url, path, sha256, timeout=10):
+    """Fetch url into path unless path is there; the file appears whole and verified or not at all."""
+    if not os.path.exists(path):
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as response:
+                data = response.read()
+        except OSError as error:
+            raise DownloadError(f'could not download {url} ({error}); connect, or put the file at {path}') from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DownloadError(f'{url} has sha256 {hashlib.sha256(data).hexdigest()}, wanted {sha256}')
+        write_atomically(path, data)
+    return read_text(path)
+
+
+def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR):
+    """Write the corpus data_dir/name from text and print its counts.
+
+    kind 'char' (vocabulary: the characters of text) or 'gpt2'. InputError if text cannot be a corpus.
+    """
+    if not text:
+        raise InputError(f'{source} is empty; wanted some text, a few hundred thousand characters to be useful')
+    chars = sorted(set(text)) if kind == 'char' else []
+    if kind == 'char' and len(chars) < 2:
+        raise InputError(f'{source} has one distinct character, {chars[0]!r}; wanted at least two')
+    if len(chars) > 2 ** 16 - 1:
+        raise InputError(f'{source} has {len(chars)} distinct characters; wanted at most 65535')
+    meta = {'name': name, 'kind': kind, 'chars': chars, 'vocab_size': (len(chars) or BPE_SIZE) + 1, 'source': source,
+            'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    tokenizer = Tokenizer(meta)
+    cut = int(0.9 * len(text))
+    splits = {'train': text[:cut], 'val': text[cut:]}
+    folder = os.path.join(data_dir, name)
+    os.makedirs(folder, exist_ok=True)
+    print(f'{name}: {len(text):,} characters from {source}')
+    for split, part in splits.items():
+        ids = np.array(tokenizer.encode(part), np.uint16)
+        meta[f'{split}_tokens'], meta[f'{split}_chars'] = len(ids), len(part)
+        write_atomically(os.path.join(folder, f'{split}.bin'), ids.tobytes())
+        print(f'{split}.bin: {len(ids):,} tokens')
+    print(f'vocabulary: {meta["vocab_size"]:,} with [MASK]')
+    write_atomically(os.path.join(folder, 'meta.json'), json.dumps(meta).encode())
+
+
+def write_atomically(path, data):
+    """Write bytes so that path is the old file or the whole new one, never a part."""
+    part = f'{path}.{os.getpid()}.part'
+    try:
+        with open(part, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f'cannot write {path!r}: {error.strerror}; wanted a folder that can be written') from error
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+class Corpus:
+    """A prepared corpus: meta, tokenizer, and random or fixed rows of its splits.
+
+    name is a folder of data_dir. InputError if it is not prepared or its files do not fit together.
+    """
+
+    def __init__(self, name, data_dir=DATA_DIR):
+        folder = os.path.join(data_dir, name)
+        if not os.path.exists(os.path.join(folder, 'meta.json')):
+            raise InputError(f'no corpus {name!r} in {data_dir}; prepare one with '
+                             f'python data/text_char/prepare.py FILE --name {name}')
+        with open(os.path.join(folder, 'meta.json')) as f:
+            self.meta = json.load(f)
+        self.tokenizer = Tokenizer(self.meta)
+        self.splits = {}
+        for split in ('train', 'val'):
+            ids = np.memmap(os.path.join(folder, f'{split}.bin'), np.uint16, 'r')
+            if len(ids) != self.meta[f'{split}_tokens']:
+                raise InputError(f'{split}.bin of {name!r} has {len(ids)} tokens, meta.json says '
+                                 f'{self.meta[f"{split}_tokens"]}; delete the folder\'s files and prepare it again')
+            self.splits[split] = ids
+
+    @property
+    def chars_per_token(self):
+        """Characters per token of the validation split: 1 for characters."""
+        return self.meta['val_chars'] / self.meta['val_tokens']
+
+    def check(self, block_size):
+        shortest = min(len(ids) for ids in self.splits.values())
+        if shortest <= block_size:
+            raise InputError(f'a split of corpus {self.meta["name"]!r} has {shortest} tokens, wanted more than '
+                             f'block_size={block_size}; give more text or a smaller --block_size')
+
+    def random_rows(self, split, n, length, rng):
+        """n rows of length consecutive tokens from random places, (n, length) int64. rng: numpy Generator."""
+        ids = self.splits[split]
+        starts = rng.integers(0, len(ids) - length + 1, n)
+        return ids[starts[:, None] + np.arange(length)].astype(np.int64)
+
+    def spread_rows(self, split, n, length):
+        """n rows from evenly spaced places, the same on every call, (n, length) int64."""
+        ids = self.splits[split]
+        starts = np.linspace(0, len(ids) - length, n).astype(np.int64)
+        return ids[starts[:, None] + np.arange(length)].astype(np.int64)
+
+
+def load_or_prepare(name, offline_name, data_dir=DATA_DIR):
+    """The corpus name, prepared first where data/name/prepare.py can do so, or offline_name if a download fails.
+
+    offline_name '' allows no other corpus: the failed download is the error. The corpus's meta names the one in use.
+    """
+    try:
+        prepare(name, data_dir)
+    except DownloadError as error:
+        if not offline_name:
+            raise
+        print(f'\n*** NO NETWORK: training on {offline_name!r} in place of {name!r} ***\n*** {error} ***\n')
+        name = offline_name
+        prepare(name, data_dir)
+    return Corpus(name, data_dir)
+
+
+def prepare(name, data_dir):
+    """Run data/name/prepare.py for a corpus that is not there yet and has such a script."""
+    script = os.path.join(DATA_DIR, name, 'prepare.py')
+    if os.path.exists(os.path.join(data_dir, name, 'meta.json')) or not os.path.exists(script):
+        return
+    spec = importlib.util.spec_from_file_location('prepare', script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if hasattr(module, 'prepare'):    # text_char alone cannot guess which text
+        module.prepare(data_dir)

@@ -1,0 +1,16 @@
+"""Tiny Shakespeare by GPT-2 byte pairs: python data/shakespeare/prepare.py"""
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
+import corpus
+import errors
+from data.shakespeare_char.prepare import read
+
+
+def prepare(data_dir=corpus.DATA_DIR):
+    corpus.prepare_text('shakespeare', read(), 'tiny Shakespeare', kind='gpt2', data_dir=data_dir)
+
+
+if __name__ == '__main__':
+    errors.run(prepare)

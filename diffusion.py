@@ -1,0 +1,262 @@
+"""Masked diffusion: hiding tokens, the training loss and its likelihood bound, and the decoding loop.
+
+References:
+MDLM, the bound as an average of masked cross-entropies: https://arxiv.org/abs/2406.07524
+LLaDA, the same with a fixed number of masks, which varies less: https://arxiv.org/abs/2502.09992
+MaskGIT, filling in parallel and remasking the least sure with annealed noise: https://arxiv.org/abs/2202.04200
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from critic import critic_loss
+from noise import exact, gumbel, probability, sample, uniform
+from sampler import Filler, sampler_loss, teacher_forced
+
+TOKENS, ORDER, PLACES = 0, 1, 2    # streams of noise: one for each use
+
+
+# -----------------------------------------------------------------------------
+# forward process
+
+def mask_tokens(x0, t, mask_id, generator=None):
+    """Mask tokens of x0 independently, at least one in a row.
+
+    x0 (B, T) int64 clean ids; t (B,) float in (0, 1], chance that a token is masked.
+    Returns xt (B, T) int64, mask (B, T) bool. ValueError for t out of range. Source: arXiv:2406.07524.
+    """
+    if not ((t > 0) & (t <= 1)).all():
+        raise ValueError(f't from {t.min():g} to {t.max():g}, wanted (0, 1]')
+    u = torch.rand(x0.shape, generator=generator, device=x0.device)
+    mask = (u < t[:, None]) | (u == u.amin(1, keepdim=True))
+    return torch.where(mask, mask_id, x0), mask
+
+
+def mask_exactly(x0, n, mask_id, generator=None):
+    """Mask exactly n of the tokens of each row: x0 (B, T) int64; n (B,) int64 in 1..T. Returns as mask_tokens."""
+    u = torch.rand(x0.shape, generator=generator, device=x0.device)
+    mask = u.argsort(1).argsort(1) < n[:, None]
+    return torch.where(mask, mask_id, x0), mask
+
+
+def spread_ratios(B, generator=None, device='cpu'):
+    """B masking ratios, one in each B-th of (0, 1]: a low-discrepancy grid with a random offset. (B,) float."""
+    return 1 - (torch.arange(B, device=device) + torch.rand(1, generator=generator, device=device)) / B
+
+
+# -----------------------------------------------------------------------------
+# training and validation losses
+
+@dataclass
+class Masked:
+    """A batch whose trunk pass is done: what the three losses share."""
+    x0: torch.Tensor        # (B, T) clean ids
+    xt: torch.Tensor        # (B, T) masked ids
+    mask: torch.Tensor      # (B, T) bool
+    hidden: torch.Tensor    # (B, T, C)
+    lm_logits: torch.Tensor    # (N, V - 1) at the masked places
+    targets: torch.Tensor      # (N,) clean ids at the masked places
+
+
+def read(trunk, model, x0, xt, mask):
+    """One trunk pass over xt. trunk is model, or model compiled."""
+    hidden = trunk(xt)
+    return Masked(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask])
+
+
+def head_losses(model, batch, sampler, critic_rows, seed, step, see_all):
+    """Losses of the heads on a batch that the trunk has read: {'sampler': ..., 'critic': ...} as far as asked for.
+
+    sampler bool; critic_rows int, rows that the decoder fills for the critic, 0 for none; seed, step: of the noise;
+    see_all (B,) bool, rows whose places see both sides whole.
+    """
+    losses, mask_id = {}, model.mask_id
+    rows, cols = batch.mask.nonzero(as_tuple=True)
+    if sampler:
+        B, T = batch.x0.size()
+        score = uniform(seed, PLACES, range(B), step, range(T), batch.x0.device)
+        around = teacher_forced(batch.x0, batch.xt, batch.mask, model.sampler_head.window.offsets, see_all, score,
+                                model.config.sampler_min_neighbors_ratio, mask_id)
+        losses['sampler'] = sampler_loss(model.sampler_head, batch.hidden[rows, cols], batch.lm_logits, batch.targets,
+                                         around, model.wte.weight)
+    if critic_rows:
+        part = slice(0, None, max(1, len(batch.x0) // critic_rows))    # every so many rows: the ratios differ
+        xt, mask, hidden = batch.xt[part], batch.mask[part], batch.hidden[part].detach()
+        with torch.no_grad():
+            u = uniform(seed, TOKENS, range(len(xt)), step, range(xt.size(1)), xt.device)
+            x, prob, _ = filler(model, sampler)(xt, mask, hidden, model.lm_head(hidden), u, 1.0, 1.0)
+        losses['critic'], losses['wrong'], losses['critic_logits'] = critic_loss(
+            model.critic_head, hidden, x, batch.x0[part], mask, prob, model.wte.weight)
+    return losses
+
+
+@torch.no_grad()
+def validate(model, x0, batch_size, seed, sampler=False, critic=False):
+    """Negative evidence lower bound and the heads' losses on fixed rows under fixed masks.
+
+    x0 (R, T) int64 on the model's device. A row's number of masks n is spread evenly over 1..T, and its part of the
+    bound is the sum of masked cross-entropies / (n / T) / T, in expectation the bound of independent masking (LLaDA).
+    Returns {'nelbo': nats per token, 'nelbo_error': its standard error, 'main': cross-entropy over masked tokens,
+    'sampler', 'critic', 'critic_auc': as far as asked for}. The heads see one row in four.
+    """
+    R, T = x0.size()
+    generator = torch.Generator().manual_seed(seed)
+    n = (1 + torch.arange(R) * T // R)[torch.randperm(R, generator=generator)]
+    xt, mask = mask_exactly(x0.cpu(), n, model.mask_id, generator)
+    xt, mask = xt.to(x0.device), mask.to(x0.device)
+    nelbo, totals = [], {}
+    for step, start in enumerate(range(0, R, batch_size)):
+        part = slice(start, start + batch_size)
+        batch = read(model, model, x0[part], xt[part], mask[part])
+        nll = torch.zeros(batch.mask.shape, device=x0.device)
+        nll[batch.mask] = F.cross_entropy(batch.lm_logits, batch.targets, reduction='none')
+        nelbo.append(nll.sum(1).double().cpu() / n[part])
+        see_all = torch.zeros(len(batch.x0), dtype=torch.bool, device=x0.device)
+        losses = head_losses(model, batch, sampler, len(see_all) if critic and step % 4 == 0 else 0, seed, step, see_all)
+        losses['main'] = nll.sum() / batch.mask.sum()
+        for name, value in losses.items():
+            totals.setdefault(name, []).append((value.double().cpu(), int(batch.mask.sum())))
+    nelbo = torch.cat(nelbo)
+    result = {'nelbo': nelbo.mean().item(), 'nelbo_error': (nelbo.std() / math.sqrt(R)).item()}
+    if critic:
+        result['critic_auc'] = area_under_roc(torch.cat([v for v, _ in totals.pop('wrong')]),
+                                              torch.cat([v for v, _ in totals.pop('critic_logits')]))
+    for name, values in totals.items():
+        result[name] = (sum(v * w for v, w in values) / sum(w for _, w in values)).item()
+    return result
+
+
+def area_under_roc(truth, score):
+    """Chance that a random true one has a higher score than a random false one: truth, score (N,) -> float."""
+    rank = score.argsort().argsort().double() + 1
+    n = truth.sum()
+    return ((rank[truth > 0].sum() - n * (n + 1) / 2) / (n * (len(truth) - n))).item()
+
+
+# -----------------------------------------------------------------------------
+# decoding
+
+def filler(model, use_sampler):
+    """fill(xt, mask, hidden, lm_logits, u, temperature, top_p) -> x, prob, wave: by wavefront, or naively."""
+    if use_sampler:
+        return Filler(model.sampler_head, model.wte.weight, model.config.sampler_min_neighbors_ratio).fill
+    return fill_naively
+
+
+def fill_naively(xt, mask, hidden, lm_logits, u, temperature, top_p):
+    """Fill every masked place from its own marginal. Shapes and results as Filler.fill, each wave 0."""
+    x, prob = xt.clone(), exact(torch.ones_like(xt))
+    rows, cols = mask.nonzero(as_tuple=True)
+    logits = lm_logits[rows, cols]
+    x[rows, cols] = sample(logits, u[rows, cols], temperature, top_p)
+    prob[rows, cols] = probability(logits, x[rows, cols])
+    return x, prob, torch.zeros_like(xt)
+
+
+@dataclass
+class Decoder:
+    """How to decode; every field but use_sampler and order means the same to every decoder."""
+    use_sampler: bool = True
+    order: str = 'confidence'       # what is remasked first: 'confidence', 'critic', 'random'
+    revise: bool = True             # tokens kept earlier compete again; random order never revises
+    ratios: tuple = (0.5,)          # share of the free places that is remasked after each pass but the last
+    threshold: float = 0.0          # above 0: remask wrongness above it, in place of ratios, until nothing is
+    temperature: float = 1.0
+    top_p: float = 1.0
+    randomness_strength: float = 0.0    # of Gumbel noise on the order, annealed to 0
+    seed: int = 1337
+
+    @property
+    def passes(self):
+        """Trunk passes over one block, at most."""
+        return len(self.ratios) + 1
+
+
+def linear_ratios(iterations, start, end):
+    """Masking ratios after each of the iterations but the last, from start to end: a list of iterations - 1."""
+    if iterations <= 2:
+        return [start][:iterations - 1]
+    return [start + (end - start) * i / (iterations - 2) for i in range(iterations - 1)]
+
+
+def places_to_remask(decoder, i, wrong, mask, free, rows, positions):
+    """The places that are masked again after pass i.
+
+    wrong (B, T) float in [0, 1]; mask (B, T) bool, places filled in this pass; free (B, T) bool, all but given text.
+    Returns (B, T) bool.
+    """
+    if decoder.threshold > 0:
+        return free & (wrong > decoder.threshold)
+    noise = gumbel(uniform(decoder.seed, ORDER, rows, i, positions, wrong.device))
+    if decoder.order == 'random':
+        key, candidates = noise, mask
+    else:
+        strength = decoder.randomness_strength * (1 - (i + 1) / decoder.passes)
+        key, candidates = -torch.log1p(-wrong.clamp(max=1 - 1e-12)) + strength * noise, free if decoder.revise else mask
+    n = (decoder.ratios[i] * free.sum(1)).round()
+    rank = key.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    return candidates & (rank < n[:, None])
+
+
+@torch.no_grad()
+def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
+    """Fill the free places of a block in decoder.passes trunk passes or fewer.
+
+    x (B, T) ids, of which the free ones are ignored; free (B, T) bool; rows (B,) and positions (T,) int name the
+    places to the noise. on_pass(dict) is shown every pass.
+    Returns x (B, T) without masks, flaw (B, T) float, the critic's chance that a token is wrong (0 at given places,
+    None without a critic), passes made, waves made.
+    """
+    fill, critic = filler(model, decoder.use_sampler), model.critic_head
+    mask, wrong, waves = free, exact(torch.zeros_like(x)), 0
+    flaw = None if critic is None else wrong
+    for i in range(decoder.passes):
+        xt = torch.where(mask, model.mask_id, x)
+        hidden = model(xt)
+        u = uniform(decoder.seed, TOKENS, rows, i, positions, x.device)
+        x, prob, wave = fill(xt, mask, hidden, model.lm_head(hidden), u, decoder.temperature, decoder.top_p)
+        if critic is not None:
+            at = mask.nonzero(as_tuple=True)
+            logits = critic(hidden[at], x, *at, prob[at], model.wte.weight)
+            flaw = flaw.index_put(at, torch.sigmoid(exact(logits)))
+        wrong = flaw if decoder.order == 'critic' else torch.where(mask, 1 - prob, wrong)
+        waves = waves + wave.max() + 1
+        remasked = torch.zeros_like(mask)
+        if i + 1 < decoder.passes:
+            remasked = places_to_remask(decoder, i, wrong, mask, free, rows, positions)
+        if on_pass:
+            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave, 'wrong': wrong, 'remasked': remasked})
+        mask = remasked
+        if not mask.any():
+            break
+    return x, flaw, i + 1, int(waves)
+
+
+def blocks(length, block_size):
+    """(start, end) of the blocks that cover a row: each begins a quarter of a block before the last one's end."""
+    spans = [(0, min(length, block_size))]
+    while spans[-1][1] < length:
+        start = spans[-1][1] - block_size // 4
+        spans.append((start, min(length, start + block_size)))
+    return spans
+
+
+def generate(model, x, free, decoder, rows, on_pass=None):
+    """Fill the free places of rows of any length, in overlapping blocks, each given the tail of the last.
+
+    x (B, L) ids, of which the free ones are ignored; free (B, L) bool; rows (B,) int, their numbers for the noise.
+    Returns x (B, L), flaw (B, L) or None, passes, waves: as decode_block, summed over blocks.
+    """
+    x, free, flaw, passes, waves = x.clone(), free.clone(), exact(torch.zeros_like(x)), 0, 0
+    for start, end in blocks(x.size(1), model.config.block_size):
+        part = slice(start, end)
+        if not free[:, part].any():
+            continue
+        filled, flaws, p, w = decode_block(model, x[:, part], free[:, part], decoder, rows, range(start, end), on_pass)
+        if flaws is not None:
+            flaw[:, part] = torch.where(free[:, part], flaws, flaw[:, part])
+        x[:, part], free[:, part] = filled, False
+        passes, waves = passes + p, waves + w
+    return x, flaw if model.critic_head is not None else None, passes, waves

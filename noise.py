@@ -1,0 +1,69 @@
+"""Randomness that belongs to places: a uniform number for each (seed, row, step, position), and sampling with it.
+
+A counter-based generator needs no state, so a number does not depend on the batch, on the order of waves,
+on the device or on what was drawn before. Fast code, a plain loop and the naive decoder can share it.
+
+References:
+SplitMix64, the mixing function: Steele, Lea, Flood, OOPSLA 2014, https://doi.org/10.1145/2660193.2660195
+Sampling in float64: Zheng et al. 2024, https://arxiv.org/abs/2409.02908
+"""
+import numpy as np
+import torch
+
+
+def mix(z):
+    """SplitMix64's finalizer: uint64 array -> uint64 array, every input bit moves every output bit."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniform(seed, stream, rows, step, positions, device='cpu'):
+    """One uniform number in (0, 1) for each row and position.
+
+    seed, step int >= 0; stream int, one for each use; rows (B,) and positions (T,) int.
+    Returns (B, T) float64 made from 53 bits each, the same on every device (rounded to float32 on mps).
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    key = mix(np.array([seed], np.uint64) + golden)
+    with np.errstate(over='ignore'):
+        for counter in (stream, step, np.asarray(rows)[:, None], np.asarray(positions)[None, :]):
+            key = mix((key ^ np.asarray(counter).astype(np.uint64)) * golden + golden)
+    u = torch.from_numpy(((key >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0 ** -53)
+    return exact(u, torch.device(device)).to(device)
+
+
+def gumbel(u):
+    """Standard Gumbel noise of uniform numbers u in (0, 1)."""
+    return -(-u.log()).log()
+
+
+def exact(x, device=None):
+    """x in float64, or in float32 for a device that has no float64 (mps)."""
+    return x.float() if (device or x.device).type == 'mps' else x.double()
+
+
+def sample(logits, u, temperature=1.0, top_p=1.0):
+    """Draw one token per place by inverting the cumulative distribution at u.
+
+    logits (N, V); u (N,) in (0, 1); temperature >= 0, 0 takes the likeliest; top_p in (0, 1] keeps the
+    smallest set of likeliest tokens whose probabilities sum to top_p (Holtzman et al., arXiv:1904.09751).
+    Returns ids (N,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    prob = torch.softmax(exact(logits) / temperature, -1)
+    if top_p < 1:
+        sorted_prob, order = prob.sort(dim=-1, descending=True)
+        beyond = sorted_prob.cumsum(-1) - sorted_prob >= top_p
+        prob = prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
+    cdf = prob.cumsum(-1)
+    ids = torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:], right=True)[:, 0]
+    # rounding can point past the last token that has any probability
+    last = (prob > 0).long().cumsum(-1).argmax(-1)
+    return torch.minimum(ids, last)
+
+
+def probability(logits, ids):
+    """Probability of ids (N,) under logits (N, V) at temperature 1, (N,)."""
+    return torch.softmax(exact(logits), -1).gather(-1, ids[:, None])[:, 0]

@@ -1,0 +1,175 @@
+"""The sampler head: fills a masked region wave after wave, each token given those just placed beside it.
+
+The trunk's marginals do not know each other: tokens drawn from them in parallel do not fit together. The head
+corrects the marginal of a place by the tokens around it, which may be younger than the trunk's view.
+A wave fills every masked place that has a known direct neighbour; when each place is filled depends on the mask
+alone, so training can teacher-force exactly the neighbours that decoding will have.
+
+References: docs/sampler.md; ADJUST, a neighbour of this idea: https://arxiv.org/abs/2509.22738
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from noise import exact, probability, sample
+
+
+class Window(nn.Module):
+    """Features of a place from its hidden state and the tokens around it: the first, linear layer of a head.
+
+    It is a sum of one projection and, for each offset, one row of a table over the vocabulary. In decoding the
+    projection is made once for each trunk pass and the tables once for each checkpoint.
+    """
+
+    def __init__(self, n_embd, width, offsets, n_code):
+        super().__init__()
+        self.offsets = offsets
+        self.place = nn.Linear(n_embd, width)
+        self.code = nn.Linear(n_embd, n_code, bias=False)
+        self.slots = nn.Parameter(torch.randn(len(offsets), n_code, width) * (n_code * len(offsets)) ** -0.5)
+
+    def tables(self, wte):
+        """Every offset's table, stacked: wte (V, C) token embeddings -> (S * V, H). [MASK] adds nothing."""
+        code = self.code(F.rms_norm(wte.detach(), wte.shape[-1:]))
+        code = code * (torch.arange(len(wte), device=wte.device) < len(wte) - 1)[:, None]
+        return torch.einsum('vd,sdh->svh', code, self.slots).flatten(0, 1).to(self.slots.dtype)
+
+    def forward(self, place, around, tables):
+        """place (N, H) projected hidden states, around (N, S) ids, [MASK] for unknown -> (N, H)."""
+        S = len(self.offsets)
+        slots = torch.arange(S, device=around.device) * (len(tables) // S)
+        return place.to(tables.dtype) + F.embedding_bag(around + slots, tables, mode='sum')
+
+
+class SamplerHead(nn.Module):
+    """Logits of a place: the language-model head's, detached, plus a learned correction that starts at zero."""
+
+    def __init__(self, n_embd, context, width):
+        super().__init__()
+        self.context = context
+        self.window = Window(n_embd, width, [*range(-context, 0), *range(1, context + 1)], n_code=width // 4)
+        self.mix = nn.Linear(width, width)
+        self.out = nn.Linear(width, n_embd, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, place, around, tables, lm_logits, unembedding):
+        """place (N, H), around (N, 2k) ids, lm_logits (N, V - 1), unembedding (V - 1, C) -> logits (N, V - 1)."""
+        x = F.gelu(self.window(place, around, tables))
+        x = x + F.gelu(self.mix(x))
+        return lm_logits + F.linear(self.out(x), unembedding.detach()).float()
+
+
+# -----------------------------------------------------------------------------
+# order of filling
+
+def wave_numbers(mask, first):
+    """The wave in which each place is filled: 0 known or first, then one more for each step away from those.
+
+    mask (B, T) bool, True where masked; first (B, T) bool, masked places that are filled before wave 1.
+    The last two places of a gap would meet unseen: the right one waits for the left.
+    Returns (B, T) int64; in a row where nothing is known every number is at least T.
+    """
+    B, T = mask.size()
+    at = torch.arange(T, device=mask.device).expand(B, T)
+    known = ~mask | first
+    left = at - torch.where(known, at, -T).cummax(1).values
+    right = torch.where(known, at, 2 * T).flip(1).cummin(1).values.flip(1) - at
+    wave = torch.minimum(left, right)
+    meets = (wave[:, 1:] == wave[:, :-1]) & (wave[:, 1:] > 0)
+    return torch.cat((wave[:, :1], wave[:, 1:] + meets), 1)
+
+
+def first_places(mask, score, ratio):
+    """Places to start from in rows that know no token: the highest-scored ratio of them, at least one.
+
+    mask (B, T) bool; score (B, T) float; ratio in [0, 1]. Returns (B, T) bool, all False in other rows.
+    """
+    B, T = mask.size()
+    chosen = score.topk(max(1, round(ratio * T)), dim=1).indices
+    first = torch.zeros_like(mask).scatter(1, chosen, True)
+    return first & mask.all(1, keepdim=True)
+
+
+def pad(x, k, value):
+    return F.pad(x, (k, k), value=value)
+
+
+def look_around(padded, rows, cols, offsets, k):
+    """Tokens at the given offsets of places: padded (B, T + 2k) ids; rows, cols (N,) -> (N, S)."""
+    return padded[rows[:, None], cols[:, None] + k + torch.tensor(offsets, device=padded.device)]
+
+
+# -----------------------------------------------------------------------------
+# training
+
+def teacher_forced(x0, xt, mask, offsets, see_all, score, ratio, mask_id):
+    """Neighbours of every masked place as a wavefront would have placed them, taken from the clean row.
+
+    x0, xt (B, T) ids; mask (B, T) bool; see_all (B,) bool, rows whose places see both sides whole (the fresh look);
+    score (B, T) float chooses where rows without a known token start. Returns (N, S) ids, [MASK] where hidden.
+    """
+    k = max(offsets)
+    wave = wave_numbers(mask, first_places(mask, score, ratio))
+    rows, cols = mask.nonzero(as_tuple=True)
+    # a place is known to those of later waves; places past the ends never are
+    around_wave = look_around(pad(wave, k, 1 << 30), rows, cols, offsets, k)
+    around = look_around(pad(x0, k, mask_id), rows, cols, offsets, k)
+    seen = (around_wave < wave[rows, cols, None]) | see_all[rows, None]
+    return torch.where(seen, around, mask_id)
+
+
+def sampler_loss(head, hidden, lm_logits, targets, around, wte):
+    """Cross-entropy of the head at masked places, nats, averaged; its gradient reaches the head alone.
+
+    hidden (N, C), lm_logits (N, V - 1), targets (N,), around (N, 2k) ids, wte (V, C).
+    """
+    place = head.window.place(hidden.detach())
+    logits = head(place, around, head.window.tables(wte), lm_logits.detach(), wte[:-1])
+    return F.cross_entropy(logits, targets)
+
+
+# -----------------------------------------------------------------------------
+# decoding
+
+class Filler:
+    """Fills masked rows by wavefront with one checkpoint: the head's tables are made once, here."""
+
+    def __init__(self, head, wte, min_neighbors_ratio):
+        self.head, self.wte, self.ratio = head, wte, min_neighbors_ratio
+        self.tables = head.window.tables(wte)
+
+    def fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
+        """Fill every masked place. xt, mask (B, T); hidden (B, T, C); lm_logits (B, T, V - 1); u (B, T) uniform.
+
+        Returns x (B, T) without masks, prob (B, T) each placed token's probability on a fresh look, when both sides
+        are known (1 at known places), and wave (B, T) int64, when it was placed (0 known or first).
+        Each masked place costs one evaluation of the head, however many waves there are, and one for the fresh look.
+        """
+        with torch.autocast(xt.device.type, enabled=False):    # many small products: casting would cost more than it saves
+            return self._fill(xt, mask, hidden.to(self.wte.dtype), lm_logits, u, temperature, top_p)
+
+    def _fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
+        head, T, k = self.head, xt.size(1), self.head.context
+        first = first_places(mask, lm_logits.amax(-1) - lm_logits.logsumexp(-1), self.ratio)
+        wave = wave_numbers(mask, first)
+        flat = mask.flatten().nonzero()[:, 0]
+        number, order = wave.flatten()[flat].sort(stable=True)
+        rows, cols = flat[order] // T, flat[order] % T
+        sizes = number.bincount(minlength=1).tolist()    # the one wait for the device; waves run on without any
+        place = head.window.place(hidden[rows, cols])
+        lm_logits, u = lm_logits[rows, cols], u[rows, cols]
+        x = pad(xt, k, self.wte.size(0) - 1)
+        start = 0
+        for number, size in enumerate(sizes):
+            now = slice(start, start + size)
+            logits = lm_logits[now] if number == 0 else self.logits(place[now], x, rows[now], cols[now], lm_logits[now])
+            x[rows[now], cols[now] + k] = sample(logits, u[now], temperature, top_p)
+            start += size
+        logits = self.logits(place, x, rows, cols, lm_logits)
+        x, prob = x[:, k:k + T], exact(torch.ones_like(xt))
+        prob[rows, cols] = probability(logits, x[rows, cols])
+        return x, prob, wave
+
+    def logits(self, place, x, rows, cols, lm_logits):
+        around = look_around(x, rows, cols, self.head.window.offsets, self.head.context)
+        return self.head(place, around, self.tables, lm_logits, self.wte[:-1])

@@ -1,0 +1,91 @@
+"""Corpora: there and back, refused when they cannot be one, and another in place of one that cannot be fetched."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import corpus
+from conftest import ROOT
+from errors import InputError
+
+
+def prepare(*args):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'data/text_char/prepare.py'), *map(str, args)], capture_output=True, text=True)
+
+
+def test_any_text_there_and_back(tmp_path):
+    text = 'déjà vu — 東京\n' * 50
+    (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    done = prepare(tmp_path / 'my.txt', '--name', 'mine', '--data-dir', tmp_path)
+    assert done.returncode == 0, done.stderr
+    c = corpus.Corpus('mine', str(tmp_path))
+    ids = np.concatenate([c.splits['train'], c.splits['val']]).tolist()
+    assert c.tokenizer.decode(ids) == text and c.tokenizer.encode(text) == ids
+    assert len(c.splits['train']) == int(0.9 * len(text)) and max(ids) < c.tokenizer.mask_id == c.meta['vocab_size'] - 1
+    assert c.tokenizer.decode([c.tokenizer.mask_id]) == '_'
+    assert c.random_rows('train', 3, 8, np.random.default_rng(0)).shape == (3, 8)
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'', 'is empty'), (b'aaaa', 'one distinct character'), (b'\xff\xfe\x00abc', 'not UTF-8'), (b'ELF\0\0text', 'binary'), (None, 'cannot read')])
+def test_what_cannot_be_a_corpus(tmp_path, data, message):
+    file = tmp_path / 'my.txt'
+    if data is not None:
+        file.write_bytes(data)
+    done = prepare(file, '--name', 'mine', '--data-dir', tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1
+    assert not (tmp_path / 'mine').exists()
+
+
+def test_names_cannot_leave_the_data_folder_or_take_a_built_in_one(tmp_path):
+    (tmp_path / 'my.txt').write_text('some text')
+    for name in ('../mine', 'shakespeare_char'):
+        assert prepare(tmp_path / 'my.txt', '--name', name).returncode == 2
+
+
+def test_unknown_characters_are_named(toy_data):
+    with pytest.raises(InputError, match="'XZ' is not in the vocabulary"):
+        corpus.Corpus('toy', str(toy_data)).tokenizer.encode('the catZX')
+
+
+def test_a_missing_or_torn_corpus_says_how_to_make_it(tmp_path):
+    with pytest.raises(InputError, match='prepare.py FILE --name nowhere'):
+        corpus.load_or_prepare('nowhere', 'pydoc_char', str(tmp_path))
+    corpus.prepare_text('torn', 'abcdefghij' * 20, 'test', data_dir=str(tmp_path))
+    (tmp_path / 'torn' / 'val.bin').write_bytes(b'1234')
+    with pytest.raises(InputError, match='val.bin.*2 tokens'):
+        corpus.Corpus('torn', str(tmp_path))
+
+
+def test_no_network_is_said_loudly_and_recorded(tmp_path, monkeypatch, capsys):
+    def unreachable(url, path, sha256, timeout=10):
+        raise corpus.DownloadError(f'could not download {url}')
+    monkeypatch.setattr(corpus, 'download', unreachable)
+    c = corpus.load_or_prepare('shakespeare_char', 'pydoc_char', str(tmp_path))
+    assert c.meta['name'] == 'pydoc_char' and '*** NO NETWORK' in capsys.readouterr().out
+    with pytest.raises(InputError, match='could not download'):
+        corpus.load_or_prepare('shakespeare_char', '', str(tmp_path))
+
+
+def test_a_download_is_verified_and_whole(tmp_path):
+    source, target = tmp_path / 'source.txt', tmp_path / 'input.txt'
+    source.write_text('to be')
+    with pytest.raises(InputError, match='wanted 0000'):
+        corpus.download(source.as_uri(), str(target), '0000')
+    assert os.listdir(tmp_path) == ['source.txt']
+    sha256 = hashlib.sha256(b'to be').hexdigest()
+    assert corpus.download(source.as_uri(), str(target), sha256) == 'to be' and target.exists()
+
+
+def test_meta_is_json_that_names_its_source(toy_data):
+    meta = json.loads((toy_data / 'toy' / 'meta.json').read_text())
+    assert meta['source'] == 'random words' and len(meta['sha256']) == 64
+
+
+def test_masks_show_in_unfinished_text():
+    tokenizer = corpus.Tokenizer({'kind': 'char', 'chars': ['a', 'b'], 'vocab_size': 3, 'name': 'x'})
+    assert tokenizer.decode([0, 2, 1, 2]) == 'a_b_'

@@ -1,0 +1,46 @@
+"""Noise belongs to places, and sampling with it is exact."""
+import pytest
+import torch
+
+from noise import probability, sample, uniform
+
+
+def test_noise_does_not_depend_on_company():
+    together = uniform(7, 0, range(5), 3, range(10))
+    assert torch.equal(uniform(7, 0, [3], 3, range(10))[0], together[3])
+    assert torch.equal(uniform(7, 0, [4, 1], 3, range(4, 8)), together[[4, 1], 4:8])
+
+
+@pytest.mark.parametrize('change', [dict(seed=8), dict(stream=1), dict(step=4)])
+def test_noise_differs_where_anything_differs(change):
+    settings = dict(seed=7, stream=0, rows=range(5), step=3, positions=range(10))
+    a, b = uniform(**settings), uniform(**settings | change)
+    assert (a != b).all()
+
+
+def test_noise_is_uniform_and_uncorrelated():
+    """400,000 numbers; each bound is five standard errors: fails by luck once in a million, and the seed is fixed."""
+    u = uniform(1, 0, range(400), 0, range(1000))
+    assert 0 < u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 * (1 / 12 / 4e5) ** 0.5
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, uniform(1, 0, range(400), 1, range(1000)))):
+        assert abs(((a - 0.5) * (b - 0.5)).mean() * 12) < 5 * 4e5 ** -0.5
+
+
+def test_sampling_follows_the_distribution():
+    """20,000 draws; five standard errors."""
+    p = torch.tensor([0.5, 0.25, 0.2, 0.05, 0.0])
+    ids = sample(p.log().expand(20000, -1), uniform(0, 0, [0], 0, range(20000))[0])
+    share = ids.bincount(minlength=5) / 20000
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / 20000) ** 0.5).all()
+
+
+def test_temperature_and_top_p_by_hand():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(1000, -1)
+    u = uniform(0, 0, [0], 0, range(1000))[0]
+    assert sample(logits, u, temperature=0).eq(0).all()
+    assert set(sample(logits, u, top_p=0.79).tolist()) == {0, 1}
+    assert set(sample(logits, u, top_p=0.81).tolist()) == {0, 1, 2}
+    assert sample(logits, u, top_p=1e-6).eq(0).all()
+    assert sample(logits[:1], torch.tensor([1 - 2.0 ** -53])).item() == 2
+    torch.testing.assert_close(probability(logits[:2], torch.tensor([1, 2])), torch.tensor([0.3, 0.2], dtype=torch.float64))

@@ -1,0 +1,167 @@
+"""Wavefront filling: what the head sees, when a place is filled, and that fast code does what plain code does."""
+import pytest
+import torch
+
+from conftest import tiny_model
+from diffusion import Decoder, decode_block, filler, linear_ratios
+from noise import sample, uniform
+from sampler import first_places, look_around, pad, teacher_forced, wave_numbers
+
+
+def masked_rows(B=6, T=24, V=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(0, V - 1, (B, T), generator=generator)
+    mask = torch.rand(B, T, generator=generator) < torch.linspace(0.2, 1.0, B)[:, None]
+    mask[-1] = True    # a row that knows nothing
+    return x0, torch.where(mask, V - 1, x0), mask
+
+
+def plain_fill(model, xt, mask, hidden, lm_logits, u):
+    """The definition: place by place, wave by wave, reading each place's neighbours one at a time."""
+    head, k, mask_id, (B, T) = model.sampler_head, model.config.sampler_context, model.mask_id, xt.shape
+    slots = model.sampler_head.window.tables(model.wte.weight).view(2 * k, mask_id + 1, -1)
+    x, waves = xt.clone(), torch.zeros_like(xt)
+
+    def logits_at(x, b, i):
+        feature = head.window.place(hidden[b, i])
+        for s, offset in enumerate(head.window.offsets):
+            if 0 <= i + offset < T and x[b, i + offset] != mask_id:
+                feature = feature + slots[s, x[b, i + offset]]
+        h = torch.nn.functional.gelu(feature)
+        h = h + torch.nn.functional.gelu(head.mix(h))
+        return lm_logits[b, i] + (head.out(h) @ model.wte.weight[:-1].T).float()
+
+    for b in range(B):
+        if mask[b].all():
+            n = max(1, round(model.config.sampler_min_neighbors_ratio * T))
+            for i in lm_logits[b].softmax(-1).amax(-1).topk(n).indices.tolist():
+                x[b, i] = sample(lm_logits[b, i][None], u[b, i][None])[0]
+        wave = 0
+        while (x[b] == mask_id).any():
+            wave += 1
+            known = [x[b, i] != mask_id for i in range(T)]
+            ready = [i for i in range(T) if not known[i] and ((i > 0 and known[i - 1]) or (i + 1 < T and known[i + 1]))]
+            # two that meet: the right one waits
+            ready = [i for i in ready if i - 1 not in ready]
+            before = x.clone()
+            for i in ready:
+                x[b, i] = sample(logits_at(before, b, i)[None], u[b, i][None])[0]
+                waves[b, i] = wave
+    prob = torch.ones(B, T, dtype=torch.float64)
+    for b, i in mask.nonzero().tolist():
+        without = x.clone()
+        prob[b, i] = logits_at(without, b, i).double().softmax(-1)[x[b, i]]
+    return x, prob, waves
+
+
+def test_fast_wavefront_equals_plain_loop():
+    """Token for token in float64, waves and fresh looks included, rows without a known token too."""
+    model = tiny_model()
+    for seed in range(5):
+        _, xt, mask = masked_rows(seed=seed)
+        u = uniform(seed, 0, range(6), 0, range(24))
+        with torch.no_grad():
+            hidden = model(xt)
+            lm_logits = model.lm_head(hidden)
+            x, prob, wave = filler(model, True)(xt, mask, hidden, lm_logits, u, 1.0, 1.0)
+            plain_x, plain_prob, plain_wave = plain_fill(model, xt, mask, hidden, lm_logits, u)
+        assert torch.equal(x, plain_x)
+        assert torch.equal(torch.where(mask, wave, 0), plain_wave)
+        torch.testing.assert_close(prob, plain_prob, atol=1e-6, rtol=0)
+
+
+def test_waves_by_hand():
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1, 1, 0]]).bool()
+    wave = wave_numbers(mask, torch.zeros_like(mask))
+    assert wave.tolist() == [[0, 1, 2, 3, 1, 0, 1, 2], [3, 2, 1, 0, 1, 2, 1, 0]]
+
+
+def test_first_places_are_each_rows_own():
+    """A row that knows nothing starts by itself; rows that know something do not."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]).bool()
+    score = torch.tensor([[0.1, 0.9, 0.3, 0.2]] * 2)
+    assert first_places(mask, score, 0.01).tolist() == [[False, True, False, False], [False] * 4]
+    assert first_places(mask, score, 0.5).tolist() == [[False, True, True, False], [False] * 4]
+
+
+@pytest.mark.parametrize('offset', [-2, -1, 1, 2])
+def test_a_changed_neighbour_changes_the_logits(offset):
+    """The reference implementation wrote neighbours into a copy: its head never saw one."""
+    model = tiny_model()
+    head = model.sampler_head
+    x = torch.randint(0, 11, (1, 24), generator=torch.Generator().manual_seed(0))
+    hidden = model(x)
+    rows, cols = torch.tensor([0]), torch.tensor([10])
+
+    def logits(x):
+        around = look_around(pad(x, 2, model.mask_id), rows, cols, head.window.offsets, 2)
+        return head(head.window.place(hidden[rows, cols]), around, head.window.tables(model.wte.weight),
+                    model.lm_head(hidden[rows, cols]), model.unembedding)
+    changed, centre = x.clone(), x.clone()
+    changed[0, 10 + offset] = (x[0, 10 + offset] + 1) % 11
+    centre[0, 10] = (x[0, 10] + 1) % 11
+    assert (logits(x) - logits(changed)).abs().max() > 1e-3
+    assert torch.equal(logits(x), logits(centre)), 'the head sees the token it is to predict'
+
+
+def test_teacher_forcing_shows_what_decoding_shows():
+    """In training a place's neighbours are known or hidden exactly as they were when decoding filled that place."""
+    model = tiny_model()
+    _, xt, mask = masked_rows()
+    seen = {}
+    with torch.no_grad():
+        hidden = model(xt)
+        lm_logits = model.lm_head(hidden)
+        fill = filler(model, True)
+        owner, plain = fill.__self__, fill.__self__.logits
+
+        def spy(place, x, rows, cols, lm):
+            for n, b, i in zip(range(len(rows)), rows.tolist(), cols.tolist()):
+                seen.setdefault((b, i), look_around(x, rows, cols, model.sampler_head.window.offsets, 2)[n])
+            return plain(place, x, rows, cols, lm)
+        owner.logits = spy
+        x, _, _ = fill(xt, mask, hidden, lm_logits, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
+    score = lm_logits.softmax(-1).amax(-1)
+    around = teacher_forced(x, xt, mask, model.sampler_head.window.offsets, torch.zeros(6, dtype=torch.bool), score, 0.01, model.mask_id)
+    first = first_places(mask, score, 0.01)
+    compared = 0
+    for (b, i), forced in zip(mask.nonzero().tolist(), around):
+        if not first[b, i]:    # placed from the language-model head
+            assert torch.equal(forced, seen[b, i])
+            compared += 1
+    assert compared > 50
+
+
+def decode(model, rows, order='confidence', **changes):
+    _, xt, mask = masked_rows()
+    xt, mask = xt[rows], mask[rows]
+    decoder = Decoder(order=order, ratios=tuple(linear_ratios(5, 0.8, 0.2)), randomness_strength=0.5, **changes)
+    return decode_block(model, xt, mask, decoder, rows, range(24))[0]
+
+
+@pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
+@pytest.mark.parametrize('use_sampler', [True, False])
+def test_a_row_alone_equals_the_row_in_a_batch(order, use_sampler):
+    model = tiny_model()
+    together = decode(model, [0, 1, 2, 3, 4, 5], order, use_sampler=use_sampler)
+    for row in range(6):
+        assert torch.equal(decode(model, [row], order, use_sampler=use_sampler)[0], together[row])
+    assert torch.equal(decode(model, [5, 2], order, use_sampler=use_sampler), together[[5, 2]])
+
+
+@pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
+@pytest.mark.parametrize('use_sampler', [True, False])
+@pytest.mark.parametrize('threshold', [0.0, 0.3])
+def test_no_mask_is_left_and_given_text_is_kept(order, use_sampler, threshold):
+    model = tiny_model()
+    x0, xt, mask = masked_rows()
+    x = decode(model, [0, 1, 2, 3, 4, 5], order, use_sampler=use_sampler, threshold=threshold)
+    assert (x < model.mask_id).all() and (x >= 0).all()
+    assert torch.equal(x[~mask], x0[~mask])
+
+
+def test_no_mask_is_produced_at_any_temperature():
+    model = tiny_model()
+    assert model.lm_head(model(torch.zeros(1, 4, dtype=torch.long))).size(-1) == model.mask_id
+    for temperature in (0.0, 1e-3, 100.0):
+        assert (decode(model, [0, 5], temperature=temperature) < model.mask_id).all()
