@@ -64,3 +64,17 @@ def load_model(path):
     """Model, tokenizer and the whole checkpoint at path."""
     checkpoint = load(path)
     return build(checkpoint, path), Tokenizer(checkpoint['corpus']), checkpoint
+
+
+def want_generator(model, path):
+    """InputError unless model generates by masked diffusion."""
+    if (model.config.attention_type, model.config.model_mode) != ('bidirectional', 'language_model'):
+        kind = 'judge' if model.config.model_mode == 'sequence_scorer' else 'autoregressive model'
+        raise InputError(f'{path!r} is a {kind}, wanted a masked-diffusion model (config/train_char_diffusion_sampler.py); '
+                         f'python evaluate.py samples from an autoregressive one')
+
+
+def want_vocabulary(corpus, path, wanted):
+    """InputError unless the corpus of the checkpoint at path has the same vocabulary as the wanted one."""
+    if (corpus['kind'], corpus['chars']) != (wanted['kind'], wanted['chars']):
+        raise InputError(f'{path!r} was trained on {corpus["name"]!r}, whose vocabulary is another than that of {wanted["name"]!r}')

@@ -235,11 +235,11 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
 
 
 def blocks(length, block_size):
-    """(start, end) of the blocks that cover a row: each begins a quarter of a block before the last one's end."""
+    """(start, end) of the blocks that cover a row: each begins a quarter of a block or more before the last one's end."""
     spans = [(0, min(length, block_size))]
     while spans[-1][1] < length:
-        start = spans[-1][1] - block_size // 4
-        spans.append((start, min(length, start + block_size)))
+        end = min(length, spans[-1][1] + block_size - block_size // 4)
+        spans.append((end - block_size, end))
     return spans
 
 

@@ -43,10 +43,10 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def attend(q, k, v, causal, dropout):
+def attend(q, k, v, causal):
     """Scaled dot-product attention of q, k, v (B, n_head, T, head_size)."""
-    if q.device.type != 'cpu' or dropout:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+    if q.device.type != 'cpu':
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     # written out, the backward pass takes half the time of the fused kernel for CPUs
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
     if causal:
@@ -60,7 +60,6 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.causal = config.attention_type == 'causal'
-        self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -68,7 +67,7 @@ class SelfAttention(nn.Module):
         B, T, C = x.size()
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in self.qkv(x).split(C, dim=2))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, self.causal, self.dropout if self.training else 0.0)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, self.causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -133,6 +132,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)    # each block starts as the identity
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
+        self.score_head = nn.Linear(config.n_embd, 1) if config.model_mode == ModelMode.SEQUENCE_SCORER else None
         # heads come last, so that the trunk starts the same with and without them
         self.sampler_head = SamplerHead(config.n_embd, config.sampler_context, config.sampler_width) if config.add_sampler_head else None
         self.critic_head = CriticHead(config.n_embd, config.sampler_context) if config.add_critic_head else None

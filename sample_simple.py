@@ -16,11 +16,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import load_model, want_generator, want_vocabulary
 from corpus import write_atomically
 from device import DTYPES, autocast, pick_device, pick_dtype
 from diffusion import PLACES, Decoder, blocks, generate, linear_ratios
 from errors import InputError, run
+from judge import Judge
 from noise import uniform
 
 SCHEMA = 1    # of the file that --save writes
@@ -101,6 +102,16 @@ def prompt_rows(args, tokenizer, length):
     return x, torch.ones_like(x, dtype=torch.bool).scatter(1, at, False)
 
 
+def load_judge(args, corpus, device):
+    """The judge, from --out-dir or a path of its own."""
+    path = args.judge_checkpoint_name
+    if not os.path.exists(path):
+        path = os.path.join(args.out_dir, path)
+    model, _, saved = load_model(path)
+    want_vocabulary(saved['corpus'], path, corpus)
+    return Judge(model.to(device), path, saved['corpus'])
+
+
 class Watcher:
     """Shows every pass on a bar or in lines and keeps it for --save."""
 
@@ -136,12 +147,14 @@ def main():
     check(args)
     path = os.path.join(args.out_dir, args.checkpoint_name)
     model, tokenizer, saved = load_model(path)
-    if (model.config.attention_type, model.config.model_mode) != ('bidirectional', 'language_model'):
-        raise InputError(f'{path!r} is a {model.config.attention_type} {model.config.model_mode}, wanted a masked-diffusion '
-                         f'model; python evaluate.py samples from an autoregressive one')
+    want_generator(model, path)
     if 'critic' in (args.order, {'node': 'critic'}.get(args.quality_metric)) and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic and --quality-metric node need')
+    if (args.quality_metric == 'judge') != bool(args.judge_checkpoint_name):
+        raise InputError(f'found --quality-metric {args.quality_metric} with --judge-checkpoint-name {args.judge_checkpoint_name}, '
+                         f'wanted both or neither; python train.py config/train_judge.py trains a judge')
     device = pick_device(args.device)
+    judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
     dtype = pick_dtype(args.dtype, device)
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
     use_sampler = model.sampler_head is not None and not args.disable_sampler
@@ -171,12 +184,17 @@ def main():
 
     # show and save
     texts = [tokenizer.decode(ids) for ids in tokens]
-    scores = [1 - flaw for flaw in flaws] if metric == 'node' else []
+    scores, meaning = [], ''
+    if metric == 'node':
+        scores, meaning = [1 - flaw for flaw in flaws], 'the critic\'s estimate of the share of right tokens, 0 to 1, high is good'
+    if metric == 'judge':
+        scores = [s for part in torch.tensor(tokens).split(args.batch_size) for s in judge.score(part.to(device)).tolist()]
+        meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'
     for i, text in enumerate(texts):
         print(f'--- sample {i}' + (f', quality {scores[i]:.3f}' if scores else '') + f'\n{text}')
     print('---')
     if scores:
-        print(f'mean quality {sum(scores) / len(scores):.3f}: the critic\'s estimate of the share of right tokens, 0 to 1, high is good')
+        print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
     generated = int(free.sum())
     print(f'{args.num_samples} samples of {length} tokens in {seconds:.2f} s: {passes} trunk passes, {waves} waves, '
           f'{generated / seconds:,.0f} tokens/s')

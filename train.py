@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -19,8 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import autoregressive
 import checkpoint
 import diffusion
+import judge
 from configurator import configure
 from corpus import DATA_DIR, load_or_prepare
 from device import autocast, pick_device, pick_dtype
@@ -48,7 +49,8 @@ gradient_accumulation_steps = 1  # micro-steps for each update, shared out among
 batch_size = 64             # rows in a micro-step of one process
 block_size = 256            # tokens in a row
 # model
-model_mode = 'language_model'
+model_mode = 'language_model'       # or 'sequence_scorer': a judge
+generator_checkpoint = ''   # of the model whose fills the judge learns to see through
 attention_type = 'bidirectional'    # or 'causal': an autoregressive model
 n_layer = 6
 n_head = 6
@@ -133,6 +135,11 @@ def check_settings():
     if (add_sampler_head or add_critic_head) and (attention_type, model_mode) != ('bidirectional', 'language_model'):
         raise InputError(f'the heads need attention_type=bidirectional and model_mode=language_model, '
                          f'found {attention_type} and {model_mode}')
+    if model_mode not in ('language_model', 'sequence_scorer'):
+        raise InputError(f'model_mode={model_mode!r}, wanted language_model or sequence_scorer')
+    if (model_mode == 'sequence_scorer') != bool(generator_checkpoint):
+        raise InputError(f'model_mode={model_mode} with generator_checkpoint={generator_checkpoint!r}: a sequence scorer needs '
+                         f'the checkpoint of a generator, such as out-char-diffusion/ckpt.pt, and nothing else takes one')
     if init_from not in ('scratch', 'resume'):
         raise InputError(f'init_from={init_from!r}, wanted scratch or resume')
     for name in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_rows', 'log_interval',
@@ -154,6 +161,14 @@ def resume(args, path):
         if old != new and not (added or unused):
             raise InputError(f'{path!r} has {name}={old!r}, this run {new!r}; resume with the same, or use another out_dir')
     return saved
+
+
+def load_generator(corpus):
+    """The frozen generator of a judge's rows. InputError if it is not one for this corpus."""
+    generator, _, saved = checkpoint.load_model(generator_checkpoint)
+    checkpoint.want_generator(generator, generator_checkpoint)
+    checkpoint.want_vocabulary(saved['corpus'], generator_checkpoint, corpus.meta)
+    return generator
 
 
 def open_out_dir():
@@ -201,6 +216,7 @@ def main():
     if not leads:
         corpus = load_or_prepare(dataset, offline_dataset, data_dir)
     corpus.check(block_size)
+    generator = load_generator(corpus).to(where) if generator_checkpoint else None
     if leads:
         open_out_dir()
 
@@ -212,9 +228,7 @@ def main():
     path = os.path.join(out_dir, 'ckpt.pt')
     if init_from == 'resume':
         saved = resume(args, path)
-        if saved['corpus']['chars'] != corpus.meta['chars']:
-            raise InputError(f'{path!r} was trained on {saved["corpus"]["name"]!r}, whose vocabulary is another than that of '
-                             f'{corpus.meta["name"]!r}')
+        checkpoint.want_vocabulary(saved['corpus'], path, corpus.meta)
         first_iter, best_val_loss = saved['iter_num'], saved['best_val_loss']
         say(f'Resuming from {path} at iteration {first_iter}')
     else:
@@ -266,9 +280,10 @@ def main():
         rng = np.random.default_rng([seed, it, micro, rank])
         x0 = torch.from_numpy(corpus.random_rows('train', batch_size, block_size + causal, rng)).to(where, non_blocking=True)
         torch.manual_seed(int(rng.integers(2 ** 62)))    # of dropout and masks
+        if generator:
+            return {'main': judge.loss(trunk, model, *judge.make_rows(generator, x0, rng))}
         if causal:
-            logits = model.lm_head(trunk(x0[:, :-1]))
-            return {'main': F.cross_entropy(logits.flatten(0, 1), x0[:, 1:].flatten())}
+            return {'main': autoregressive.nll(trunk, model, x0).mean()}
         xt, mask = diffusion.mask_tokens(x0, diffusion.spread_ratios(batch_size, device=where), model.mask_id)
         batch = diffusion.read(trunk, model, x0, xt, mask)
         see_all = torch.arange(batch_size, device=where) % 4 == 0
@@ -278,23 +293,32 @@ def main():
 
     @torch.no_grad()
     def evaluate(it):
-        """Bound and head losses on fixed rows of both splits, printed; returns the validation NELBO in nats per token."""
+        """Likelihood and head losses on fixed rows of both splits, printed; returns the validation figure in nats per token."""
         model.eval()
         for split, n in (('train', eval_rows // 3), ('val', eval_rows)):
-            rows = torch.from_numpy(corpus.spread_rows(split, n, block_size)).to(where)
+            rows = torch.from_numpy(corpus.spread_rows(split, n, block_size + causal)).to(where)
             with autocast(where, kind):
-                result = diffusion.validate(model, rows, batch_size, seed, add_sampler_head and stage(it) >= 2, stage(it) == 3)
-            bits = result['nelbo'] / math.log(2) / corpus.chars_per_token
-            line = f'{split} NELBO {result["nelbo"]:.4f} nats per token, {bits:.4f} bits per character'
-            heads = [f'{name.replace("_", " ")} {result[name]:.4f}' for name in ('sampler', 'critic', 'critic_auc') if name in result]
-            say(f'iter {it}: {line} (masked loss {result["main"]:.4f}{"".join(", " + h for h in heads)})')
-            report({'iter': it, 'split': split, 'bits_per_character': bits} | result)
+                if generator:
+                    result = judge.validate(model, generator, rows, batch_size, np.random.default_rng(seed))
+                elif causal:
+                    result = autoregressive.validate(model, rows, batch_size)
+                else:
+                    result = diffusion.validate(model, rows, batch_size, seed, add_sampler_head and stage(it) >= 2, stage(it) == 3)
+            if not generator:
+                result['bits_per_character'] = result[yardstick] / math.log(2) / corpus.chars_per_token
+            extra = [f'{result["bits_per_character"]:.4f} bits per character'] if not generator else []
+            others = [f'{name.replace("_", " ")} {result[name]:.4f}'
+                      for name in ('main', 'sampler', 'critic', 'critic_auc', 'rank_correlation') if name in result]
+            say(f'iter {it}: {split} {", ".join([f"{title} {result[yardstick]:.4f} nats per token", *extra])}'
+                + (f' ({", ".join(others)})' if others else ''))
+            report({'iter': it, 'split': split} | result)
         model.train()
-        return result['nelbo']
+        return result[yardstick]
 
     # -------------------------------------------------------------------------
     # the loop
     causal = attention_type == 'causal'
+    yardstick, title = ('loss', 'loss') if generator else ('nll', 'NLL') if causal else ('nelbo', 'NELBO')
     model.train()
     announced, clock, since = 0, time.time(), first_iter
     for it in range(first_iter, max_iters + 1):

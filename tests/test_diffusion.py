@@ -65,7 +65,7 @@ def test_noise_on_the_order_is_annealed():
 def test_blocks_cover_and_overlap():
     assert blocks(10, 16) == [(0, 10)] and blocks(16, 16) == [(0, 16)]
     assert blocks(40, 16) == [(0, 16), (12, 28), (24, 40)]
-    assert blocks(17, 16) == [(0, 16), (12, 17)]
+    assert blocks(17, 16) == [(0, 16), (1, 17)]
 
 
 def test_long_rows_keep_given_text_and_fill_the_rest():

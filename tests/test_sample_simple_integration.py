@@ -25,7 +25,7 @@ def test_every_flag_of_the_guide(sample, trained):
     texts = samples(out)
     assert len(texts) == 3 and all(len(t) == 64 and 'the cat sat' in t for t in texts)
     assert len({t.index('the cat sat') for t in texts}) > 1
-    assert re.search(r'3 samples of 64 tokens in [\d.]+ s: 12 trunk passes, \d+ waves, [\d,]+ tokens/s', out)
+    assert re.search(r'3 samples of 64 tokens in [\d.]+ s: 1[12] trunk passes, \d+ waves, [\d,]+ tokens/s', out)
     assert 'mean quality 0.' in out and '--- pass 4' in out and 'by wavefront' in out
 
 

@@ -29,7 +29,7 @@ def test_three_stages_as_the_guide_prints_them(script, toy_data, tmp_path):
         total, *parts = map(float, found.groups())
         weighted = sum(parts[:2]) + 0.5 * sum(parts[2:])
         assert total == pytest.approx(weighted, abs=2e-4)
-    assert re.search(rf'iter 12: val NELBO {number} nats per token, {number} bits per character .*sampler {number}, critic {number}', out)
+    assert re.search(rf'iter 12: val NELBO {number} nats per token, {number} bits per character \(main {number}, sampler {number}, critic {number}', out)
     entries = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert {e['iter'] for e in entries} == set(range(13))
 
