@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from critic import critic_loss
+from critic import critic_loss, wrongness
 from noise import exact, gumbel, probability, sample, uniform
-from sampler import Filler, sampler_loss, teacher_forced
+from sampler import Wavefront, sampler_loss, teacher_forced
 
 TOKENS, ORDER, PLACES = 0, 1, 2    # streams of noise: one for each use
+CRITIC_TEMPERATURE = 0.85          # of the fills that the critic learns from
 
 
 # -----------------------------------------------------------------------------
@@ -86,9 +87,9 @@ def head_losses(model, batch, sampler, critic_rows, seed, step, see_all):
         xt, mask, hidden = batch.xt[part], batch.mask[part], batch.hidden[part].detach()
         with torch.no_grad():
             u = uniform(seed, TOKENS, range(len(xt)), step, range(xt.size(1)), xt.device)
-            x, prob, _ = filler(model, sampler)(xt, mask, hidden, model.lm_head(hidden), u, 1.0, 1.0)
-        losses['critic'], losses['wrong'], losses['critic_logits'] = critic_loss(
-            model.critic_head, hidden, x, batch.x0[part], mask, prob, model.wte.weight)
+            x, _ = filler(model, sampler).fill(xt, mask, hidden, model.lm_head(hidden), u, CRITIC_TEMPERATURE, 1.0)
+        losses['critic'], losses['critic_logits'], losses['placed'] = critic_loss(
+            model.critic_head, hidden, x, batch.x0[part], mask, model.wte.weight)
     return losses
 
 
@@ -110,8 +111,9 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     for step, start in enumerate(range(0, R, batch_size)):
         part = slice(start, start + batch_size)
         batch = read(model, model, x0[part], xt[part], mask[part])
-        nll = torch.zeros(batch.mask.shape, device=x0.device)
-        nll[batch.mask] = F.cross_entropy(batch.lm_logits, batch.targets, reduction='none')
+        losses = F.cross_entropy(batch.lm_logits, batch.targets, reduction='none')
+        nll = losses.new_zeros(batch.mask.shape)
+        nll[batch.mask] = losses
         nelbo.append(nll.sum(1).double().cpu() / n[part])
         see_all = torch.zeros(len(batch.x0), dtype=torch.bool, device=x0.device)
         losses = head_losses(model, batch, sampler, len(see_all) if critic and step % 4 == 0 else 0, seed, step, see_all)
@@ -121,7 +123,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     nelbo = torch.cat(nelbo)
     result = {'nelbo': nelbo.mean().item(), 'nelbo_error': (nelbo.std() / math.sqrt(R)).item()}
     if critic:
-        result['critic_auc'] = area_under_roc(torch.cat([v for v, _ in totals.pop('wrong')]),
+        result['critic_auc'] = area_under_roc(torch.cat([v for v, _ in totals.pop('placed')]),
                                               torch.cat([v for v, _ in totals.pop('critic_logits')]))
     for name, values in totals.items():
         result[name] = (sum(v * w for v, w in values) / sum(w for _, w in values)).item()
@@ -138,21 +140,28 @@ def area_under_roc(truth, score):
 # -----------------------------------------------------------------------------
 # decoding
 
+class Naive:
+    """Fills every masked place from its own marginal; the methods are those of Wavefront."""
+    reach = 0    # a token's probability depends on no neighbour
+
+    def fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
+        x, at = xt.clone(), mask.nonzero(as_tuple=True)
+        x[at] = sample(lm_logits[at], u[at], temperature, top_p)
+        return x, torch.zeros_like(xt)
+
+    def look(self, x, at, hidden, lm_logits):
+        return probability(lm_logits[at], x[at])
+
+
 def filler(model, use_sampler):
-    """fill(xt, mask, hidden, lm_logits, u, temperature, top_p) -> x, prob, wave: by wavefront, or naively."""
     if use_sampler:
-        return Filler(model.sampler_head, model.wte.weight, model.config.sampler_min_neighbors_ratio).fill
-    return fill_naively
+        return Wavefront(model.sampler_head, model.wte.weight, model.config.sampler_min_neighbors_ratio)
+    return Naive()
 
 
-def fill_naively(xt, mask, hidden, lm_logits, u, temperature, top_p):
-    """Fill every masked place from its own marginal. Shapes and results as Filler.fill, each wave 0."""
-    x, prob = xt.clone(), exact(torch.ones_like(xt))
-    rows, cols = mask.nonzero(as_tuple=True)
-    logits = lm_logits[rows, cols]
-    x[rows, cols] = sample(logits, u[rows, cols], temperature, top_p)
-    prob[rows, cols] = probability(logits, x[rows, cols])
-    return x, prob, torch.zeros_like(xt)
+def within_reach(mask, reach):
+    """Places of mask (B, T) bool and those up to reach beside them."""
+    return F.max_pool1d(mask.float(), 2 * reach + 1, stride=1, padding=reach) > 0
 
 
 @dataclass
@@ -206,31 +215,43 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
 
     x (B, T) ids, of which the free ones are ignored; free (B, T) bool; rows (B,) and positions (T,) int name the
     places to the noise. on_pass(dict) is shown every pass.
-    Returns x (B, T) without masks, flaw (B, T) float, the critic's chance that a token is wrong (0 at given places,
+    Returns x (B, T) without masks, flaw (B, T) float, the critic's chance that a token was placed (0 at given places,
     None without a critic), passes made, waves made.
     """
-    fill, critic = filler(model, decoder.use_sampler), model.critic_head
-    mask, wrong, waves = free, exact(torch.zeros_like(x)), 0
-    flaw = None if critic is None else wrong
+    fills, critic = filler(model, decoder.use_sampler), model.critic_head
+    reach = max(fills.reach, critic.context if critic is not None else 0)
+    mask, waves, hidden = free, 0, 0
+    prob, flaw = exact(torch.ones_like(x)), exact(torch.zeros_like(x))
     for i in range(decoder.passes):
+        # 1. one trunk pass; each place keeps the view that the trunk had when it was last masked
         xt = torch.where(mask, model.mask_id, x)
-        hidden = model(xt)
+        hidden = torch.where(mask[..., None], model(xt), hidden)
+        lm_logits = model.lm_head(hidden)
+
+        # 2. fill what is masked
         u = uniform(decoder.seed, TOKENS, rows, i, positions, x.device)
-        x, prob, wave = fill(xt, mask, hidden, model.lm_head(hidden), u, decoder.temperature, decoder.top_p)
-        if critic is not None:
-            at = mask.nonzero(as_tuple=True)
-            logits = critic(hidden[at], x, *at, prob[at], model.wte.weight)
-            flaw = flaw.index_put(at, torch.sigmoid(exact(logits)))
-        wrong = flaw if decoder.order == 'critic' else torch.where(mask, 1 - prob, wrong)
+        x, wave = fills.fill(xt, mask, hidden, lm_logits, u, decoder.temperature, decoder.top_p)
         waves = waves + wave.max() + 1
+
+        # 3. look afresh at every token that was placed, or that has another neighbour than before
+        at = (free & within_reach(mask, reach)).nonzero(as_tuple=True)
+        prob[at] = fills.look(x, at, hidden, lm_logits)
+        wrong = 1 - prob
+        if critic is not None:
+            flaw[at] = exact(critic(hidden, x, at, model.wte.weight))
+            wrong = wrongness(prob, flaw) if decoder.order == 'critic' else wrong
+
+        # 4. mask the worst again
         remasked = torch.zeros_like(mask)
         if i + 1 < decoder.passes:
             remasked = places_to_remask(decoder, i, wrong, mask, free, rows, positions)
         if on_pass:
-            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave, 'wrong': wrong, 'remasked': remasked})
+            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave,
+                     'wrong': torch.where(free, wrong, 0), 'remasked': remasked})
         mask = remasked
         if not mask.any():
             break
+    flaw = None if critic is None else torch.where(free, torch.sigmoid(flaw), 0)
     return x, flaw, i + 1, int(waves)
 
 

@@ -108,7 +108,7 @@ class GPTConfig:
     add_sampler_head: bool = False
     start_sampler_iteration: int = 1000
     sampler_min_neighbors_ratio: float = 0.01
-    sampler_context: int = 4                 # neighbours on each side
+    sampler_context: int = 8                 # neighbours on each side
     sampler_width: int = 192
     add_critic_head: bool = False
     start_critic_iteration: int = 3000
@@ -153,9 +153,11 @@ class GPT(nn.Module):
         B, T = idx.size()
         assert T <= self.config.block_size, f'row of {T} tokens, block_size {self.config.block_size}'
         x = norm(self.wte(idx))                                 # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))   # the residual stream too: a tenth less time
         for block in self.h:
             x = block(x, self.cos[:T], self.sin[:T])
-        return norm(x)
+        return norm(x.to(self.wte.weight.dtype))
 
     def lm_head(self, hidden):
         """Logits (..., V - 1) float32 of hidden states (..., C). There is none for [MASK]: no decoder can produce it."""

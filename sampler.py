@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from noise import exact, probability, sample
+from noise import probability, sample
 
 
 class Window(nn.Module):
@@ -26,13 +26,14 @@ class Window(nn.Module):
         self.offsets = offsets
         self.place = nn.Linear(n_embd, width)
         self.code = nn.Linear(n_embd, n_code, bias=False)
-        self.slots = nn.Parameter(torch.randn(len(offsets), n_code, width) * (n_code * len(offsets)) ** -0.5)
+        self.slots = nn.Linear(len(offsets) * n_code, width, bias=False)
 
     def tables(self, wte):
         """Every offset's table, stacked: wte (V, C) token embeddings -> (S * V, H). [MASK] adds nothing."""
         code = self.code(F.rms_norm(wte.detach(), wte.shape[-1:]))
         code = code * (torch.arange(len(wte), device=wte.device) < len(wte) - 1)[:, None]
-        return torch.einsum('vd,sdh->svh', code, self.slots).flatten(0, 1).to(self.slots.dtype)
+        slots = self.slots.weight.view(-1, len(self.offsets), code.size(-1))    # (H, S, D)
+        return torch.einsum('vd,hsd->svh', code, slots).flatten(0, 1).to(wte.dtype)
 
     def forward(self, place, around, tables):
         """place (N, H) projected hidden states, around (N, S) ids, [MASK] for unknown -> (N, H)."""
@@ -47,7 +48,7 @@ class SamplerHead(nn.Module):
     def __init__(self, n_embd, context, width):
         super().__init__()
         self.context = context
-        self.window = Window(n_embd, width, [*range(-context, 0), *range(1, context + 1)], n_code=width // 4)
+        self.window = Window(n_embd, width, [*range(-context, 0), *range(1, context + 1)], n_code=width // 6)
         self.mix = nn.Linear(width, width)
         self.out = nn.Linear(width, n_embd, bias=False)
         nn.init.zeros_(self.out.weight)
@@ -131,45 +132,55 @@ def sampler_loss(head, hidden, lm_logits, targets, around, wte):
 # -----------------------------------------------------------------------------
 # decoding
 
-class Filler:
+class Wavefront:
     """Fills masked rows by wavefront with one checkpoint: the head's tables are made once, here."""
 
     def __init__(self, head, wte, min_neighbors_ratio):
-        self.head, self.wte, self.ratio = head, wte, min_neighbors_ratio
+        self.head, self.wte, self.ratio, self.reach = head, wte, min_neighbors_ratio, head.context
         self.tables = head.window.tables(wte)
 
     def fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
-        """Fill every masked place. xt, mask (B, T); hidden (B, T, C); lm_logits (B, T, V - 1); u (B, T) uniform.
+        """Fill every masked place.
 
-        Returns x (B, T) without masks, prob (B, T) each placed token's probability on a fresh look, when both sides
-        are known (1 at known places), and wave (B, T) int64, when it was placed (0 known or first).
-        Each masked place costs one evaluation of the head, however many waves there are, and one for the fresh look.
+        xt, mask (B, T); hidden (B, T, C); lm_logits (B, T, V - 1); u (B, T) uniform.
+        Returns x (B, T) without masks and wave (B, T) int64, when each place was filled (0 known or first).
+        Each masked place costs one evaluation of the head, however many waves there are.
         """
-        with torch.autocast(xt.device.type, enabled=False):    # many small products: casting would cost more than it saves
-            return self._fill(xt, mask, hidden.to(self.wte.dtype), lm_logits, u, temperature, top_p)
-
-    def _fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
-        head, T, k = self.head, xt.size(1), self.head.context
+        T, k = xt.size(1), self.head.context
         first = first_places(mask, lm_logits.amax(-1) - lm_logits.logsumexp(-1), self.ratio)
         wave = wave_numbers(mask, first)
         flat = mask.flatten().nonzero()[:, 0]
         number, order = wave.flatten()[flat].sort(stable=True)
         rows, cols = flat[order] // T, flat[order] % T
         sizes = number.bincount(minlength=1).tolist()    # the one wait for the device; waves run on without any
-        place = head.window.place(hidden[rows, cols])
-        lm_logits, u = lm_logits[rows, cols], u[rows, cols]
-        x = pad(xt, k, self.wte.size(0) - 1)
-        start = 0
-        for number, size in enumerate(sizes):
-            now = slice(start, start + size)
-            logits = lm_logits[now] if number == 0 else self.logits(place[now], x, rows[now], cols[now], lm_logits[now])
-            x[rows[now], cols[now] + k] = sample(logits, u[now], temperature, top_p)
-            start += size
-        logits = self.logits(place, x, rows, cols, lm_logits)
-        x, prob = x[:, k:k + T], exact(torch.ones_like(xt))
-        prob[rows, cols] = probability(logits, x[rows, cols])
-        return x, prob, wave
+        with uncast(hidden):
+            place = self.head.window.place(hidden[rows, cols])
+            lm_logits, u = lm_logits[rows, cols], u[rows, cols]
+            x = pad(xt, k, self.wte.size(0) - 1)
+            start = 0
+            for number, size in enumerate(sizes):
+                now = slice(start, start + size)
+                logits = lm_logits[now] if number == 0 else self.logits(x, rows[now], cols[now], place[now], lm_logits[now])
+                x[rows[now], cols[now] + k] = sample(logits, u[now], temperature, top_p)
+                start += size
+        return x[:, k:k + T], wave
 
-    def logits(self, place, x, rows, cols, lm_logits):
+    def look(self, x, at, hidden, lm_logits):
+        """Probability of placed tokens on a fresh look, both sides known.
+
+        x (B, T) filled; at: rows and columns (N,); hidden (B, T, C), lm_logits (B, T, V - 1) as the trunk last saw
+        each place masked, so this costs no trunk pass. Returns (N,) float64.
+        """
+        with uncast(hidden):
+            x = pad(x, self.head.context, self.wte.size(0) - 1)
+            logits = self.logits(x, *at, self.head.window.place(hidden[at]), lm_logits[at])
+            return probability(logits, x[at[0], at[1] + self.head.context])
+
+    def logits(self, x, rows, cols, place, lm_logits):
         around = look_around(x, rows, cols, self.head.window.offsets, self.head.context)
         return self.head(place, around, self.tables, lm_logits, self.wte[:-1])
+
+
+def uncast(hidden):
+    """No autocast: a wave is many small products, and casting them would cost more than it saves."""
+    return torch.autocast(hidden.device.type, enabled=False)

@@ -60,7 +60,7 @@ dropout = 0.0
 add_sampler_head = False
 start_sampler_iteration = 1000      # stage 2 begins
 sampler_min_neighbors_ratio = 0.01  # share of a row that is placed first where nothing is known
-sampler_context = 4         # neighbours on each side that the head sees
+sampler_context = 8         # neighbours on each side that the head sees
 sampler_width = 192
 # critic head
 add_critic_head = False
@@ -70,8 +70,8 @@ critic_alpha = 1.0
 critic_rows = 4             # rows of a micro-step that the decoder fills for the critic
 # optimizer
 freeze_trunk = False        # train the heads alone
-learning_rate = 1e-3        # AdamW: embeddings, norms, heads
-muon_learning_rate = 0.02   # Muon: the blocks' matrices
+learning_rate = 1e-3        # AdamW: embeddings and biases
+muon_learning_rate = 0.02   # Muon: every other matrix
 max_iters = 8000
 weight_decay = 0.1
 beta1 = 0.9
@@ -117,13 +117,16 @@ def lr_factor(it):
 
 def make_optimizers(model):
     """{part: [optimizers]} for the trunk and each head: nothing is shared, so no part moves another."""
-    adamw = dict(lr=learning_rate, betas=(beta1, beta2), weight_decay=0.0)
-    parts = model.parts()
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    others = [p for p in parts.pop('trunk') if not any(p is m for m in matrices)]
-    optimizers = {} if freeze_trunk else {'trunk': [
-        torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay), torch.optim.AdamW(others, **adamw)]}
-    return optimizers | {part: [torch.optim.AdamW(params, **adamw)] for part, params in parts.items()}
+    optimizers = {}
+    for part, params in model.parts().items():
+        # Muon orthogonalises the update of a matrix between hidden layers
+        matrices = [p for p in params if p.dim() == 2 and p is not model.wte.weight and min(p.shape) > 1]
+        others = [p for p in params if not any(p is m for m in matrices)]
+        optimizers[part] = [torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay),
+                            torch.optim.AdamW(others, lr=learning_rate, betas=(beta1, beta2), weight_decay=0.0)]
+    if freeze_trunk:
+        del optimizers['trunk']
+    return optimizers
 
 
 def check_settings():

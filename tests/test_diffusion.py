@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import diffusion
 from conftest import tiny_model
+from critic import wrongness
 from diffusion import Decoder, blocks, decode_block, generate, linear_ratios, mask_tokens, places_to_remask, spread_ratios
 from model import GPT, GPTConfig
 
@@ -94,30 +95,28 @@ def test_threshold_stops_early_when_nothing_is_wrong():
 
 
 def test_critic_is_trained_on_what_it_scores():
-    """The rows, probabilities and hidden states that the critic scores when decoding are made as in training."""
+    """The rows and hidden states that the critic scores when decoding are made as in training."""
     model = tiny_model()
     x0 = torch.randint(0, 11, (2, 24), generator=torch.Generator().manual_seed(0))
     xt = torch.full_like(x0, model.mask_id)
     seen = []
     model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
-    decode_block(model, xt, xt == model.mask_id, Decoder(seed=3, ratios=()), range(2), range(24))
+    decoder = Decoder(seed=3, ratios=(), temperature=diffusion.CRITIC_TEMPERATURE)
+    decode_block(model, xt, xt == model.mask_id, decoder, range(2), range(24))
     with torch.no_grad():
         batch = diffusion.read(model, model, x0, xt, xt == model.mask_id)
         losses = diffusion.head_losses(model, batch, True, 2, 3, 0, torch.zeros(2, dtype=torch.bool))
-    decoding, training = seen
-    for a, b in zip(decoding, training):
+    decoding, placed, clean = seen
+    for a, b in zip(decoding, placed):
         torch.testing.assert_close(a, b)
-    assert losses['critic'] > 0 and torch.equal(losses['wrong'], (training[1] != x0).flatten())
+    assert torch.equal(clean[1], x0) and not torch.equal(placed[1], x0)
+    assert losses['placed'].tolist() == [1.0] * 48 + [0.0] * 48 and losses['critic'] > 0
 
 
-def test_critic_starts_from_the_decoders_own_doubt():
-    model = tiny_model()
-    torch.nn.init.zeros_(model.critic_head.out.weight)
-    torch.nn.init.zeros_(model.critic_head.out.bias)
-    x = torch.zeros(1, 24, dtype=torch.long)
-    at = torch.tensor([0, 0]), torch.tensor([3, 7])
-    logits = model.critic_head(model(x)[at], x, *at, torch.tensor([0.9, 0.2]).double(), model.wte.weight)
-    torch.testing.assert_close(torch.sigmoid(logits), torch.tensor([0.1, 0.8]))
+def test_wrongness_by_hand():
+    prob = torch.tensor([1.0, 0.5, 0.5, 0.0]).double()
+    critic = torch.tensor([-100.0, 0.0, 100.0, 0.0])    # chance of being placed 0, 1/2, 1, 1/2
+    torch.testing.assert_close(wrongness(prob, critic), torch.tensor([0.0, 0.75, 1.0, 1.0]).double())
 
 
 def test_roc_area_by_hand():

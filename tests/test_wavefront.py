@@ -18,15 +18,15 @@ def masked_rows(B=6, T=24, V=12, seed=0):
 
 def plain_fill(model, xt, mask, hidden, lm_logits, u):
     """The definition: place by place, wave by wave, reading each place's neighbours one at a time."""
-    head, k, mask_id, (B, T) = model.sampler_head, model.config.sampler_context, model.mask_id, xt.shape
-    slots = model.sampler_head.window.tables(model.wte.weight).view(2 * k, mask_id + 1, -1)
+    head, mask_id, (B, T) = model.sampler_head, model.mask_id, xt.shape
+    window, wte = head.window, model.wte.weight
+    normed = torch.nn.functional.rms_norm(wte, wte.shape[-1:])
     x, waves = xt.clone(), torch.zeros_like(xt)
 
     def logits_at(x, b, i):
-        feature = head.window.place(hidden[b, i])
-        for s, offset in enumerate(head.window.offsets):
-            if 0 <= i + offset < T and x[b, i + offset] != mask_id:
-                feature = feature + slots[s, x[b, i + offset]]
+        codes = [window.code(normed[x[b, i + offset]]) if 0 <= i + offset < T and x[b, i + offset] != mask_id
+                 else torch.zeros(window.code.out_features).double() for offset in window.offsets]
+        feature = window.place(hidden[b, i]) + window.slots(torch.cat(codes))
         h = torch.nn.functional.gelu(feature)
         h = h + torch.nn.functional.gelu(head.mix(h))
         return lm_logits[b, i] + (head.out(h) @ model.wte.weight[:-1].T).float()
@@ -63,7 +63,11 @@ def test_fast_wavefront_equals_plain_loop():
         with torch.no_grad():
             hidden = model(xt)
             lm_logits = model.lm_head(hidden)
-            x, prob, wave = filler(model, True)(xt, mask, hidden, lm_logits, u, 1.0, 1.0)
+            fills = filler(model, True)
+            x, wave = fills.fill(xt, mask, hidden, lm_logits, u, 1.0, 1.0)
+            prob = torch.ones(6, 24, dtype=torch.float64)
+            at = mask.nonzero(as_tuple=True)
+            prob[at] = fills.look(x, at, hidden, lm_logits)
             plain_x, plain_prob, plain_wave = plain_fill(model, xt, mask, hidden, lm_logits, u)
         assert torch.equal(x, plain_x)
         assert torch.equal(torch.where(mask, wave, 0), plain_wave)
@@ -112,15 +116,15 @@ def test_teacher_forcing_shows_what_decoding_shows():
     with torch.no_grad():
         hidden = model(xt)
         lm_logits = model.lm_head(hidden)
-        fill = filler(model, True)
-        owner, plain = fill.__self__, fill.__self__.logits
+        fills = filler(model, True)
+        plain = fills.logits
 
-        def spy(place, x, rows, cols, lm):
+        def spy(x, rows, cols, *rest):
             for n, b, i in zip(range(len(rows)), rows.tolist(), cols.tolist()):
-                seen.setdefault((b, i), look_around(x, rows, cols, model.sampler_head.window.offsets, 2)[n])
-            return plain(place, x, rows, cols, lm)
-        owner.logits = spy
-        x, _, _ = fill(xt, mask, hidden, lm_logits, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
+                seen[b, i] = look_around(x, rows, cols, model.sampler_head.window.offsets, 2)[n]
+            return plain(x, rows, cols, *rest)
+        fills.logits = spy
+        x, _ = fills.fill(xt, mask, hidden, lm_logits, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
     score = lm_logits.softmax(-1).amax(-1)
     around = teacher_forced(x, xt, mask, model.sampler_head.window.offsets, torch.zeros(6, dtype=torch.bool), score, 0.01, model.mask_id)
     first = first_places(mask, score, 0.01)
@@ -158,6 +162,25 @@ def test_no_mask_is_left_and_given_text_is_kept(order, use_sampler, threshold):
     x = decode(model, [0, 1, 2, 3, 4, 5], order, use_sampler=use_sampler, threshold=threshold)
     assert (x < model.mask_id).all() and (x >= 0).all()
     assert torch.equal(x[~mask], x0[~mask])
+
+
+@pytest.mark.parametrize('use_sampler', [True, False])
+@pytest.mark.parametrize('order', ['confidence', 'critic'])
+def test_wrongness_is_that_of_the_present_neighbours(use_sampler, order):
+    """A kept token is looked at again when a token beside it changes: nothing stale decides what is redone."""
+    model = tiny_model()
+    x = torch.full((3, 24), model.mask_id)
+    steps, views = [], [None]
+    model.register_forward_hook(lambda _, args, hidden: views.append(hidden))
+    decode_block(model, x, x == model.mask_id, Decoder(use_sampler=use_sampler, order=order, ratios=(0.5, 0.4, 0.3)), range(3), range(24),
+                 on_pass=steps.append)
+    everywhere = torch.ones_like(x).bool().nonzero(as_tuple=True)
+    with torch.no_grad():
+        for step, hidden in zip(steps, views[1:]):
+            seen = hidden if step['pass'] == 0 else torch.where((step['xt'] == model.mask_id)[..., None], hidden, seen)
+            prob = filler(model, use_sampler).look(step['x'], everywhere, seen, model.lm_head(seen))
+            right = prob if order == 'confidence' else prob * torch.sigmoid(-model.critic_head(seen, step['x'], everywhere, model.wte.weight).double())
+            torch.testing.assert_close(step['wrong'].flatten(), 1 - right, atol=1e-5, rtol=0)
 
 
 def test_no_mask_is_produced_at_any_temperature():

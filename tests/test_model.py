@@ -1,0 +1,41 @@
+"""The trunk and the sizes that the guide promises."""
+import torch
+
+from conftest import tiny_model
+from model import GPT, GPTConfig
+
+
+def test_full_size_and_the_heads_shares():
+    with torch.device('meta'):
+        parts = GPT(GPTConfig(add_sampler_head=True, add_critic_head=True)).parts()
+    counts = {part: sum(p.numel() for p in params) for part, params in parts.items()}
+    total = sum(counts.values())
+    assert 10.0e6 <= total < 11.0e6
+    assert counts['sampler'] <= 0.03 * total and counts['critic'] <= 0.01 * total
+
+
+def test_bidirectional_looks_both_ways_and_causal_back():
+    x = torch.randint(0, 11, (1, 24), generator=torch.Generator().manual_seed(0))
+    changed = x.clone()
+    changed[0, 12] = (x[0, 12] + 1) % 11
+    for attention, before in (('bidirectional', True), ('causal', False)):
+        model = tiny_model(heads=False, attention_type=attention)
+        moved = (model(x) - model(changed)).abs().amax(-1)[0] > 1e-9
+        assert moved[12:].all() and moved[:12].all() == before and moved[:12].any() == before
+
+
+def test_attention_written_out_equals_the_fused_one():
+    from model import attend
+    q, k, v = torch.randn(3, 2, 2, 9, 4, generator=torch.Generator().manual_seed(0)).double().unbind(0)
+    for causal in (False, True):
+        fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        torch.testing.assert_close(attend(q, k, v, causal), fused)
+
+
+def test_rotation_keeps_lengths_and_knows_distances_only():
+    from model import rotary_tables, rotate
+    cos, sin = (table.double() for table in rotary_tables(16, 8))
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double().expand(2, 1, 1, 16, 8)
+    q, k = rotate(q, cos, sin)[0, 0], rotate(k, cos, sin)[0, 0]
+    torch.testing.assert_close(q.norm(dim=-1), q.norm(dim=-1)[:1].expand(16))
+    torch.testing.assert_close((q[5:] * k[2:-3]).sum(-1), (q[5] * k[2]).sum().expand(11))
