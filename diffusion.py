@@ -67,27 +67,32 @@ def read(trunk, model, x0, xt, mask):
     return Masked(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask])
 
 
-def head_losses(model, batch, sampler, critic_rows, seed, step, see_all):
+def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sampler=True, see_all_rows=4):
     """Losses of the heads on a batch that the trunk has read: {'sampler': ..., 'critic': ...} as far as asked for.
 
-    sampler bool; critic_rows int, rows that the decoder fills for the critic, 0 for none; seed, step: of the noise;
-    see_all (B,) bool, rows whose places see both sides whole.
+    sampler_rows, critic_rows int: about how many rows each head learns from, 0 for none; they move on with step, so
+    that every masking ratio has its turn. seed, step: of the noise. use_sampler: the decoder that fills rows for the
+    critic goes by wavefront. One row in see_all_rows shows its places both sides whole; 0 for none.
     """
-    losses, mask_id = {}, model.mask_id
-    rows, cols = batch.mask.nonzero(as_tuple=True)
-    if sampler:
-        B, T = batch.x0.size()
-        score = uniform(seed, PLACES, range(B), step, range(T), batch.x0.device)
-        around = teacher_forced(batch.x0, batch.xt, batch.mask, model.sampler_head.window.offsets, see_all, score,
-                                model.config.sampler_min_neighbors_ratio, mask_id)
-        losses['sampler'] = sampler_loss(model.sampler_head, batch.hidden[rows, cols], batch.lm_logits, batch.targets,
-                                         around, model.wte.weight)
+    losses, (B, T), device = {}, batch.x0.size(), batch.x0.device
+    if sampler_rows:
+        rows, cols = batch.mask.nonzero(as_tuple=True)
+        of_turn = rows % max(1, B // sampler_rows) == step % max(1, B // sampler_rows)
+        rows, cols = rows[of_turn], cols[of_turn]
+        see_all = (torch.arange(B, device=device) + step) % see_all_rows == 0 if see_all_rows else \
+            torch.zeros(B, dtype=torch.bool, device=device)
+        around = teacher_forced(batch.x0, batch.mask, rows, cols, model.sampler_head.window.offsets, see_all,
+                                uniform(seed, PLACES, range(B), step, range(T), device),
+                                model.config.sampler_min_neighbors_ratio, model.mask_id)
+        losses['sampler'] = sampler_loss(model.sampler_head, batch.hidden[rows, cols], batch.lm_logits[of_turn],
+                                         batch.targets[of_turn], around, model.wte.weight)
     if critic_rows:
-        part = slice(0, None, max(1, len(batch.x0) // critic_rows))    # every so many rows: the ratios differ
+        stride = max(1, B // critic_rows)
+        part = slice(step % stride, None, stride)
         xt, mask, hidden = batch.xt[part], batch.mask[part], batch.hidden[part].detach()
         with torch.no_grad():
-            u = uniform(seed, TOKENS, range(len(xt)), step, range(xt.size(1)), xt.device)
-            x, _ = filler(model, sampler).fill(xt, mask, hidden, model.lm_head(hidden), u, CRITIC_TEMPERATURE, 1.0)
+            u = uniform(seed, TOKENS, range(len(xt)), step, range(T), device)
+            x, _ = filler(model, use_sampler).fill(xt, mask, hidden, model.lm_head(hidden), u, CRITIC_TEMPERATURE, 1.0)
         losses['critic'], losses['critic_logits'], losses['placed'] = critic_loss(
             model.critic_head, hidden, x, batch.x0[part], mask, model.wte.weight)
     return losses
@@ -100,7 +105,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     x0 (R, T) int64 on the model's device. A row's number of masks n is spread evenly over 1..T, and its part of the
     bound is the sum of masked cross-entropies / (n / T) / T, in expectation the bound of independent masking (LLaDA).
     Returns {'nelbo': nats per token, 'nelbo_error': its standard error, 'main': cross-entropy over masked tokens,
-    'sampler', 'critic', 'critic_auc': as far as asked for}. The heads see one row in four.
+    'sampler', 'critic', 'critic_auc': as far as asked for}. The critic sees one batch in four.
     """
     R, T = x0.size()
     generator = torch.Generator().manual_seed(seed)
@@ -115,8 +120,8 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         nll = losses.new_zeros(batch.mask.shape)
         nll[batch.mask] = losses
         nelbo.append(nll.sum(1).double().cpu() / n[part])
-        see_all = torch.zeros(len(batch.x0), dtype=torch.bool, device=x0.device)
-        losses = head_losses(model, batch, sampler, len(see_all) if critic and step % 4 == 0 else 0, seed, step, see_all)
+        B = len(batch.x0)
+        losses = head_losses(model, batch, seed, step, B * sampler, B * (critic and step % 4 == 0), sampler, see_all_rows=0)
         losses['main'] = nll.sum() / batch.mask.sum()
         for name, value in losses.items():
             totals.setdefault(name, []).append((value.double().cpu(), int(batch.mask.sum())))

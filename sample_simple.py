@@ -43,7 +43,7 @@ def arguments():
     add('--end-ratio', type=float, default=0.05, help='share remasked before the last pass')
     add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
     add('--threshold', type=float, default=0.5, help='wrongness above which a token is remasked')
-    add('--order', choices=('confidence', 'critic', 'random'), default='confidence', help='what is remasked first')
+    add('--order', choices=('confidence', 'critic', 'random'), help='what is remasked first (default: critic where there is one)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
@@ -148,6 +148,7 @@ def main():
     path = os.path.join(args.out_dir, args.checkpoint_name)
     model, tokenizer, saved = load_model(path)
     want_generator(model, path)
+    args.order = args.order or ('confidence' if model.critic_head is None else 'critic')
     if 'critic' in (args.order, {'node': 'critic'}.get(args.quality_metric)) and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic and --quality-metric node need')
     if (args.quality_metric == 'judge') != bool(args.judge_checkpoint_name):
@@ -186,7 +187,7 @@ def main():
     texts = [tokenizer.decode(ids) for ids in tokens]
     scores, meaning = [], ''
     if metric == 'node':
-        scores, meaning = [1 - flaw for flaw in flaws], 'the critic\'s estimate of the share of right tokens, 0 to 1, high is good'
+        scores, meaning = [1 - flaw for flaw in flaws], 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
     if metric == 'judge':
         scores = [s for part in torch.tensor(tokens).split(args.batch_size) for s in judge.score(part.to(device)).tolist()]
         meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'

@@ -103,15 +103,15 @@ def look_around(padded, rows, cols, offsets, k):
 # -----------------------------------------------------------------------------
 # training
 
-def teacher_forced(x0, xt, mask, offsets, see_all, score, ratio, mask_id):
-    """Neighbours of every masked place as a wavefront would have placed them, taken from the clean row.
+def teacher_forced(x0, mask, rows, cols, offsets, see_all, score, ratio, mask_id):
+    """Neighbours of masked places as a wavefront would have placed them, taken from the clean row.
 
-    x0, xt (B, T) ids; mask (B, T) bool; see_all (B,) bool, rows whose places see both sides whole (the fresh look);
-    score (B, T) float chooses where rows without a known token start. Returns (N, S) ids, [MASK] where hidden.
+    x0 (B, T) ids; mask (B, T) bool; rows, cols (N,) the places; see_all (B,) bool, rows whose places see both sides
+    whole (the fresh look); score (B, T) float chooses where rows without a known token start.
+    Returns (N, S) ids, [MASK] where hidden.
     """
     k = max(offsets)
     wave = wave_numbers(mask, first_places(mask, score, ratio))
-    rows, cols = mask.nonzero(as_tuple=True)
     # a place is known to those of later waves; places past the ends never are
     around_wave = look_around(pad(wave, k, 1 << 30), rows, cols, offsets, k)
     around = look_around(pad(x0, k, mask_id), rows, cols, offsets, k)

@@ -62,6 +62,7 @@ start_sampler_iteration = 1000      # stage 2 begins
 sampler_min_neighbors_ratio = 0.01  # share of a row that is placed first where nothing is known
 sampler_context = 8         # neighbours on each side that the head sees
 sampler_width = 192
+sampler_rows = 64           # rows of a micro-step that the head learns from
 # critic head
 add_critic_head = False
 start_critic_iteration = 3000       # stage 3 begins
@@ -96,6 +97,10 @@ def stage(it):
     if add_sampler_head and it >= start_sampler_iteration:
         return 2
     return 1
+
+
+def has_sampler(it):
+    return add_sampler_head and stage(it) >= 2
 
 
 def critic_weight(it):
@@ -146,7 +151,7 @@ def check_settings():
     if init_from not in ('scratch', 'resume'):
         raise InputError(f'init_from={init_from!r}, wanted scratch or resume')
     for name in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_rows', 'log_interval',
-                 'n_layer', 'sampler_context', 'critic_rows'):
+                 'n_layer', 'sampler_context', 'sampler_rows', 'critic_rows'):
         if globals()[name] < 1:
             raise InputError(f'{name}={globals()[name]}, wanted at least 1')
     if not 0 <= sampler_min_neighbors_ratio <= 1:
@@ -289,9 +294,8 @@ def main():
             return {'main': autoregressive.nll(trunk, model, x0).mean()}
         xt, mask = diffusion.mask_tokens(x0, diffusion.spread_ratios(batch_size, device=where), model.mask_id)
         batch = diffusion.read(trunk, model, x0, xt, mask)
-        see_all = torch.arange(batch_size, device=where) % 4 == 0
-        heads = diffusion.head_losses(model, batch, add_sampler_head and stage(it) >= 2,
-                                      critic_rows if stage(it) == 3 else 0, seed, it, see_all)
+        heads = diffusion.head_losses(model, batch, seed, it, sampler_rows if has_sampler(it) else 0,
+                                      critic_rows if stage(it) == 3 else 0, use_sampler=add_sampler_head)
         return {'main': F.cross_entropy(batch.lm_logits, batch.targets)} | heads
 
     @torch.no_grad()
@@ -306,7 +310,7 @@ def main():
                 elif causal:
                     result = autoregressive.validate(model, rows, batch_size)
                 else:
-                    result = diffusion.validate(model, rows, batch_size, seed, add_sampler_head and stage(it) >= 2, stage(it) == 3)
+                    result = diffusion.validate(model, rows, batch_size, seed, has_sampler(it), stage(it) == 3)
             if not generator:
                 result['bits_per_character'] = result[yardstick] / math.log(2) / corpus.chars_per_token
             extra = [f'{result["bits_per_character"]:.4f} bits per character'] if not generator else []

@@ -105,7 +105,7 @@ def test_critic_is_trained_on_what_it_scores():
     decode_block(model, xt, xt == model.mask_id, decoder, range(2), range(24))
     with torch.no_grad():
         batch = diffusion.read(model, model, x0, xt, xt == model.mask_id)
-        losses = diffusion.head_losses(model, batch, True, 2, 3, 0, torch.zeros(2, dtype=torch.bool))
+        losses = diffusion.head_losses(model, batch, seed=3, step=0, critic_rows=2)
     decoding, placed, clean = seen
     for a, b in zip(decoding, placed):
         torch.testing.assert_close(a, b)
@@ -151,7 +151,7 @@ def chain_model():
         x0 = chain_rows(64, rng)
         xt, mask = mask_tokens(x0, spread_ratios(64), model.mask_id)
         batch = diffusion.read(model, model, x0, xt, mask)
-        losses = diffusion.head_losses(model, batch, True, 0, 0, step, torch.arange(64) % 4 == 0)
+        losses = diffusion.head_losses(model, batch, seed=0, step=step, sampler_rows=64)
         (F.cross_entropy(batch.lm_logits, batch.targets) + losses['sampler']).backward()
         optimizer.step()
         optimizer.zero_grad()

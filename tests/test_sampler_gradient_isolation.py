@@ -10,8 +10,7 @@ def losses_of(model):
     x0 = torch.randint(0, 11, (4, 24), generator=torch.Generator().manual_seed(1))
     xt, mask = diffusion.mask_tokens(x0, torch.tensor([0.2, 0.5, 0.8, 1.0]), model.mask_id, torch.Generator().manual_seed(2))
     batch = diffusion.read(model, model, x0, xt, mask)
-    see_all = torch.tensor([True, False, False, False])
-    return diffusion.head_losses(model, batch, sampler=True, critic_rows=4, seed=0, step=0, see_all=see_all)
+    return diffusion.head_losses(model, batch, seed=0, step=0, sampler_rows=4, critic_rows=4)
 
 
 @pytest.mark.parametrize('head', ['sampler', 'critic'])

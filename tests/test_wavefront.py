@@ -126,7 +126,7 @@ def test_teacher_forcing_shows_what_decoding_shows():
         fills.logits = spy
         x, _ = fills.fill(xt, mask, hidden, lm_logits, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
     score = lm_logits.softmax(-1).amax(-1)
-    around = teacher_forced(x, xt, mask, model.sampler_head.window.offsets, torch.zeros(6, dtype=torch.bool), score, 0.01, model.mask_id)
+    around = teacher_forced(x, mask, *mask.nonzero(as_tuple=True), model.sampler_head.window.offsets, torch.zeros(6, dtype=torch.bool), score, 0.01, model.mask_id)
     first = first_places(mask, score, 0.01)
     compared = 0
     for (b, i), forced in zip(mask.nonzero().tolist(), around):
