@@ -1,7 +1,7 @@
 """Checkpoints: a plain dict in one file, written whole or not at all, loaded without executing anything in it.
 
-Keys: model_args (the fields of GPTConfig), model, optimizer, iter_num, best_val_loss, config (every setting of the
-run), corpus (vocabulary and source), commit. No random states: randomness is a function of seed and iteration.
+Keys: model_args (the fields of GPTConfig), model, optimizer, begins (the iteration at which each part began to learn),
+iter_num, best_val_loss, config (every setting of the run), corpus (vocabulary and source), commit. No random states: randomness is a function of seed and iteration.
 """
 import os
 import pickle

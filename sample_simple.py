@@ -36,10 +36,10 @@ def arguments():
     add('--sequence-length', type=int, default=0, help='tokens in a row; 0 is the model\'s block; longer ones take several blocks')
     add('--batch-size', type=int, default=64, help='rows decoded at a time')
     add('--iterations', type=int, help='trunk passes over a block (default: 15)')
-    add('--temperature', type=float, default=1.0, help='0 takes the likeliest token')
+    add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
     add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
     add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio', help='remask a share, or what is above --threshold')
-    add('--start-ratio', type=float, default=0.95, help='share remasked after the first pass')
+    add('--start-ratio', type=float, help='share remasked after the first pass (default: 0.95, below 8 iterations 0.4)')
     add('--end-ratio', type=float, default=0.05, help='share remasked before the last pass')
     add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
     add('--threshold', type=float, default=0.5, help='wrongness above which a token is remasked')
@@ -80,7 +80,10 @@ def check(args):
             raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {len(args.masking_ratios) + 1} iterations, '
                              f'found --iterations {args.iterations}')
     else:
-        args.masking_ratios = linear_ratios(args.iterations or 15, args.start_ratio, args.end_ratio)
+        args.iterations = args.iterations or 15
+        if args.start_ratio is None:    # few passes have no time to begin again
+            args.start_ratio = 0.95 if args.iterations >= 8 else 0.4
+        args.masking_ratios = linear_ratios(args.iterations, args.start_ratio, args.end_ratio)
     if args.save and not os.path.isdir(os.path.dirname(args.save) or '.'):
         raise InputError(f'--save {args.save!r}: no folder {os.path.dirname(args.save)!r}')
     if args.seed == -1:

@@ -68,7 +68,7 @@ add_critic_head = False
 start_critic_iteration = 3000       # stage 3 begins
 end_critic_iteration = 5000         # the critic's weight has risen linearly from 0 to critic_alpha
 critic_alpha = 1.0
-critic_rows = 4             # rows of a micro-step that the decoder fills for the critic
+critic_rows = 8             # rows of a micro-step that the decoder fills for the critic
 # optimizer
 freeze_trunk = False        # train the heads alone
 learning_rate = 1e-3        # AdamW: embeddings and biases
@@ -109,19 +109,22 @@ def critic_weight(it):
     return critic_alpha * min(1.0, max(0.0, progress))
 
 
-def lr_factor(it):
-    """Learning rate at it as a share of the highest: linear warm-up, cosine decay to final_lr_ratio, then constant."""
+def lr_factor(it, begin=0):
+    """Learning rate at it, as a share of the highest, of a part that begins to learn at begin.
+
+    Linear warm-up from there, cosine decay to final_lr_ratio, then constant.
+    """
     end = lr_decay_iters or max_iters
-    if it < warmup_iters:
-        return (it + 1) / (warmup_iters + 1)
+    if it < begin + warmup_iters:
+        return max(0, it - begin + 1) / (warmup_iters + 1)
     if it >= end:
         return final_lr_ratio
-    progress = (it - warmup_iters) / (end - warmup_iters)
+    progress = (it - begin - warmup_iters) / (end - begin - warmup_iters)
     return final_lr_ratio + (1 - final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizers(model):
-    """{part: [optimizers]} for the trunk and each head: nothing is shared, so no part moves another."""
+    """{part: [Muon, AdamW]} for the trunk and each head: nothing is shared, so no part moves another."""
     optimizers = {}
     for part, params in model.parts().items():
         # Muon orthogonalises the update of a matrix between hidden layers
@@ -251,19 +254,19 @@ def main():
     total = sum(counts.values())
     say(f'number of parameters: {total / 1e6:.2f} M ('
         + ', '.join(f'{part} {n:,}, {n / total:.1%}' for part, n in counts.items()) + ')')
+    begins = {'trunk': 0, 'sampler': start_sampler_iteration, 'critic': start_critic_iteration}
     if saved:
         fresh = [head for head in ('sampler', 'critic') if head in counts and not saved['model_args'][f'add_{head}_head']]
         model.load_state_dict(saved['model'], strict=not fresh)
         for head in fresh:
             say(f'{path} has no {head} head: a fresh one is added')
+            begins[head] = max(begins[head], first_iter)
+        begins |= {part: begin for part, begin in saved['begins'].items() if part not in fresh}
     model.to(where)
     optimizers = make_optimizers(model)
     for part, states in (saved['optimizer'] if saved else {}).items():
         for optimizer, state in zip(optimizers.get(part, []), states):
             optimizer.load_state_dict(state)
-    steppers = [(part, o) for part, group in optimizers.items() for o in group]
-    highest = [o.param_groups[0]['lr'] for _, o in steppers] if not saved else \
-        [muon_learning_rate if isinstance(o, torch.optim.Muon) else learning_rate for _, o in steppers]
     for p in model.parts()['trunk'] if freeze_trunk else []:
         p.requires_grad_(False)
     trunk = torch.compile(model) if compile and where.startswith('cuda') else model
@@ -330,8 +333,9 @@ def main():
     announced, clock, since = 0, time.time(), first_iter
     for it in range(first_iter, max_iters + 1):
         # 1. learning rate and stage
-        for (_, optimizer), lr in zip(steppers, highest):
-            optimizer.param_groups[0]['lr'] = lr * lr_factor(it)
+        for part, group in optimizers.items():
+            for optimizer, lr in zip(group, (muon_learning_rate, learning_rate)):
+                optimizer.param_groups[0]['lr'] = lr * lr_factor(it, begins[part])
         if stage(it) != announced:
             announced = stage(it)
             say(f'stage {announced}: ' + ('main model' if announced == 1 else 'main model + sampler' if announced == 2
@@ -344,7 +348,7 @@ def main():
             best_val_loss = min(val_loss, best_val_loss)
             state = {'model_args': asdict(model.config), 'model': model.state_dict(),
                      'optimizer': {part: [o.state_dict() for o in group] for part, group in optimizers.items()},
-                     'iter_num': it, 'best_val_loss': best_val_loss, 'config': config, 'corpus': corpus.meta, 'commit': commit()}
+                     'begins': begins, 'iter_num': it, 'best_val_loss': best_val_loss, 'config': config, 'corpus': corpus.meta, 'commit': commit()}
             if it > first_iter and not eval_only:
                 if always_save_checkpoint or better:
                     checkpoint.save(path, state)
