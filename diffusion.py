@@ -104,7 +104,8 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
 
     x0 (R, T) int64 on the model's device. A row's number of masks n is spread evenly over 1..T, and its part of the
     bound is the sum of masked cross-entropies / (n / T) / T, in expectation the bound of independent masking (LLaDA).
-    Returns {'nelbo': nats per token, 'nelbo_error': its standard error, 'main': cross-entropy over masked tokens,
+    Returns {'nelbo': nats per token, 'nelbo_error': its standard error over
+    rows (an upper one: that n is spread evenly lowers the true error), 'main': cross-entropy over masked tokens,
     'sampler', 'critic', 'critic_auc': as far as asked for}. The critic sees one batch in four.
     """
     R, T = x0.size()

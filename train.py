@@ -228,8 +228,6 @@ def main():
         corpus = load_or_prepare(dataset, offline_dataset, data_dir)
     corpus.check(block_size)
     generator = load_generator(corpus).to(where) if generator_checkpoint else None
-    if leads:
-        open_out_dir()
 
     # -------------------------------------------------------------------------
     # model and optimizers
@@ -262,6 +260,8 @@ def main():
             say(f'{path} has no {head} head: a fresh one is added')
             begins[head] = max(begins[head], first_iter)
         begins |= {part: begin for part, begin in saved['begins'].items() if part not in fresh}
+    if leads:
+        open_out_dir()
     model.to(where)
     optimizers = make_optimizers(model)
     for part, states in (saved['optimizer'] if saved else {}).items():

@@ -95,7 +95,7 @@ def test_bad_input_changes_nothing(script, trained, toy_data, change, message):
 
 def test_a_resume_without_a_checkpoint(script, toy_data, tmp_path):
     status, _, err = script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}', '--init_from=resume')
-    assert status == 2 and 'no checkpoint' in err
+    assert status == 2 and 'no checkpoint' in err and not list(tmp_path.iterdir())
 
 
 def test_one_batch_overfits(script, tmp_path):
