@@ -27,7 +27,8 @@ class CriticHead(nn.Module):
     def forward(self, hidden, x, at, wte):
         """hidden (B, T, C); x (B, T) filled ids; at: rows and columns (N,) of places; wte (V, C) -> (N,) float32."""
         around = look_around(pad(x, self.context, len(wte) - 1), *at, self.window.offsets, self.context)
-        features = self.window(self.window.place(hidden[at].detach()), around, self.window.tables(wte))
+        tables, around = self.window.tables_for(wte, around)
+        features = self.window(self.window.place(hidden[at].detach()), around, tables)
         return self.out(F.gelu(features))[:, 0].float()
 
 

@@ -1,8 +1,8 @@
 """The judge: a separate model that scores whole samples, the share of a row's tokens that were left intact.
 
-It is trained on clean rows, partly masked and filled by a frozen generator. Its score is the mean over places of the
-chance that the token is the row's own: a target for every token teaches more than one for the whole row (ELECTRA,
-https://arxiv.org/abs/2003.10555). A causal model can judge too, by bits per character.
+It starts from the trunk of a frozen generator and is trained on clean rows, partly masked and filled by that generator.
+Its score is the mean over places of the chance that the token is the row's own: a target for every token teaches more
+than one for the whole row (ELECTRA, https://arxiv.org/abs/2003.10555). A causal model can judge too, by bits per character.
 """
 import math
 
@@ -30,6 +30,16 @@ def make_rows(generator, x0, rng):
                       temperature=float(rng.uniform(*TEMPERATURES)), seed=int(rng.integers(2 ** 31)))
     x = decode_block(generator, x0, mask, decoder, range(len(x0)), range(x0.size(1)))[0]
     return x, x == x0
+
+
+def start_from(model, generator):
+    """Give a fresh judge the generator's trunk, which knows the text already, if the two have one shape. Returns whether."""
+    weights = {name: p for name, p in generator.state_dict().items() if not name.startswith(('sampler_head', 'critic_head'))}
+    shapes = {name: p.shape for name, p in model.state_dict().items() if not name.startswith('score_head')}
+    same = shapes == {name: p.shape for name, p in weights.items()}
+    if same:
+        model.load_state_dict(weights, strict=False)
+    return same
 
 
 def token_logits(trunk, model, x):

@@ -28,12 +28,23 @@ class Window(nn.Module):
         self.code = nn.Linear(n_embd, n_code, bias=False)
         self.slots = nn.Linear(len(offsets) * n_code, width, bias=False)
 
-    def tables(self, wte):
-        """Every offset's table, stacked: wte (V, C) token embeddings -> (S * V, H). [MASK] adds nothing."""
-        code = self.code(F.rms_norm(wte.detach(), wte.shape[-1:]))
-        code = code * (torch.arange(len(wte), device=wte.device) < len(wte) - 1)[:, None]
+    def tables(self, wte, ids=None):
+        """Every offset's table, stacked, of the whole vocabulary or of some ids (M,): wte (V, C) -> (S * V, H) or (S * M, H).
+
+        wte are the token embeddings; [MASK], the last of them, adds nothing.
+        """
+        ids = torch.arange(len(wte), device=wte.device) if ids is None else ids
+        code = self.code(F.rms_norm(wte.detach()[ids], wte.shape[-1:]))
+        code = code * (ids < len(wte) - 1)[:, None]
         slots = self.slots.weight.view(-1, len(self.offsets), code.size(-1))    # (H, S, D)
         return torch.einsum('vd,hsd->svh', code, slots).flatten(0, 1).to(wte.dtype)
+
+    def tables_for(self, wte, around):
+        """Tables that hold the ids around (N, S), and those ids as rows of them: a large vocabulary is not tabled whole."""
+        if len(wte) <= around.numel():
+            return self.tables(wte), around
+        ids, around = around.unique(return_inverse=True)
+        return self.tables(wte, ids), around
 
     def forward(self, place, around, tables):
         """place (N, H) projected hidden states, around (N, S) ids, [MASK] for unknown -> (N, H)."""
@@ -125,7 +136,8 @@ def sampler_loss(head, hidden, lm_logits, targets, around, wte):
     hidden (N, C), lm_logits (N, V - 1), targets (N,), around (N, 2k) ids, wte (V, C).
     """
     place = head.window.place(hidden.detach())
-    logits = head(place, around, head.window.tables(wte), lm_logits.detach(), wte[:-1])
+    tables, around = head.window.tables_for(wte, around)
+    logits = head(place, around, tables, lm_logits.detach(), wte[:-1])
     return F.cross_entropy(logits, targets)
 
 

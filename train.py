@@ -243,6 +243,8 @@ def main():
     else:
         say('Initializing a new model from scratch')
     model = GPT(GPTConfig(**args))
+    if generator and not saved and judge.start_from(model, generator):
+        say("The judge starts from the generator's trunk")
     say(f'Using {attention_type} attention')
     if add_sampler_head:
         say(f'Sampler head enabled (start_iter={start_sampler_iteration})')

@@ -247,6 +247,17 @@ def test_judges_rows_say_what_is_intact():
     assert (intact.float().mean(1) < 0.6).any()
 
 
+def test_a_judge_starts_from_its_generators_trunk():
+    from conftest import tiny_model
+    from judge import start_from
+    generator = tiny_model(seed=1)
+    fresh = tiny_model(seed=2, heads=False, model_mode='sequence_scorer')
+    assert start_from(fresh, generator)
+    x = torch.randint(0, 11, (2, 24), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fresh(x), generator(x))
+    assert not start_from(tiny_model(heads=False, model_mode='sequence_scorer', n_layer=1), generator)
+
+
 def test_rank_correlation_by_hand():
     from judge import rank_correlation
     assert rank_correlation(torch.tensor([1.0, 2, 3, 10]), torch.tensor([0.1, 0.2, 0.3, 0.4])) == pytest.approx(1)

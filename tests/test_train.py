@@ -85,12 +85,17 @@ def test_best_checkpoint_goes_by_the_bound_alone(script, toy_data, tmp_path):
     ('--n_layer=3', 'has n_layer=2, this run 3'), ('--add_sampler_head=False', 'has add_sampler_head=True'),
     ('--dataset=nowhere', "no corpus 'nowhere'"), ('--n_head=3', 'n_head=3'), ('--attention_type=causal', 'bidirectional'),
     ('--nlayer=3', "'nlayer'.*'n_layer'"), ('--block_size=100000', 'block_size=100000'), ('--device=abacus', 'abacus'),
-    ('--dtype=int8', 'int8'), ('--init_from=gpt2', 'gpt2'), ('--out_dir=/dev/null/x', 'cannot write out_dir')])
+    ('--dtype=int8', 'int8'), ('--init_from=gpt2', 'gpt2')])
 def test_bad_input_changes_nothing(script, trained, toy_data, change, message):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     status, _, err = script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={trained}', '--init_from=resume', change)
     assert status == 2 and re.search(message, err) and err.count('\n') == 1, err
     assert {p: p.read_bytes() for p in trained.iterdir()} == before
+
+
+def test_an_out_dir_that_cannot_be_written(script, toy_data):
+    status, _, err = script('train.py', *TINY, f'--data_dir={toy_data}', '--out_dir=/dev/null/x')
+    assert status == 2 and "cannot write out_dir '/dev/null/x'" in err and err.count('\n') == 1
 
 
 def test_a_resume_without_a_checkpoint(script, toy_data, tmp_path):
@@ -124,3 +129,22 @@ def test_two_processes_agree(toy_data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert '2 processes' in done.stdout and done.stdout.count('iter 12: val NELBO') == 1
     assert 'is not' not in done.stdout and weights(tmp_path)['iter_num'] == 12
+
+
+def test_byte_pairs_end_to_end(script, toy_data, tmp_path, monkeypatch):
+    """Byte pairs, here single bytes, for GPT-2's table needs a network: prepare, train, sample."""
+    import tiktoken
+    import corpus
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding('bytes', pat_str=r'.|\n', mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(corpus, 'gpt2_encoding', lambda: encoding)
+    monkeypatch.setattr(corpus, 'BPE_SIZE', 3000)    # most ids never occur, as with GPT-2's 50,257
+    corpus.prepare_text('bpe', 'déjà vu and a cat sat on the mat.\n' * 40, 'test', kind='gpt2', data_dir=str(tmp_path))
+    status, out, err = script('train.py', *TINY, '--dataset=bpe', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "out"}', '--max_iters=7')
+    assert status == 0, err
+    nats, bits = map(float, re.search(r'iter 7: val NELBO (\S+) nats per token, (\S+) bits per character', out).groups())
+    assert bits == pytest.approx(nats / 0.6931472 * 36 / 34, rel=0.02), '36 bytes for 34 characters'
+    monkeypatch.setattr(encoding, 'decode', lambda ids: ''.join(f'<{i}>' for i in ids))    # ids beyond the bytes have no text
+    status, out, err = script('sample_simple.py', '--out-dir', tmp_path / 'out', '--iterations', 2, '--num-samples', 1, '--seed-text', 'cat')
+    assert status == 0, err
+    assert '<99><97><116>' in out

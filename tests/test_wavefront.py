@@ -74,6 +74,17 @@ def test_fast_wavefront_equals_plain_loop():
         torch.testing.assert_close(prob, plain_prob, atol=1e-6, rtol=0)
 
 
+def test_tables_of_some_tokens_equal_the_whole_ones():
+    model = tiny_model(vocab_size=200)
+    window, wte = model.sampler_head.window, model.wte.weight
+    around = torch.randint(0, 200, (5, 4), generator=torch.Generator().manual_seed(0))
+    around[2, 1] = model.mask_id
+    tables, rows = window.tables_for(wte, around)
+    assert len(tables) < len(window.tables(wte))
+    place = torch.zeros(5, 16).double()
+    torch.testing.assert_close(window(place, rows, tables), window(place, around, window.tables(wte)))
+
+
 def test_waves_by_hand():
     mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1, 1, 0]]).bool()
     wave = wave_numbers(mask, torch.zeros_like(mask))
