@@ -236,11 +236,13 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
 
         # 2. fill what is masked
         u = uniform(decoder.seed, TOKENS, rows, i, positions, x.device)
+        before = x
         x, wave = fills.fill(xt, mask, hidden, lm_logits, u, decoder.temperature, decoder.top_p)
         waves = waves + wave.max() + 1
 
         # 3. look afresh at every token that was placed, or that has another neighbour than before
-        at = (free & within_reach(mask, reach)).nonzero(as_tuple=True)
+        changed = within_reach(mask & (x != before), reach) if i else mask
+        at = (free & (mask | changed)).nonzero(as_tuple=True)
         prob[at] = fills.look(x, at, hidden, lm_logits)
         wrong = 1 - prob
         if critic is not None:
@@ -251,6 +253,7 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
         remasked = torch.zeros_like(mask)
         if i + 1 < decoder.passes:
             remasked = places_to_remask(decoder, i, wrong, mask, free, rows, positions)
+            remasked = remasked & mask.any(1, keepdim=True)    # a row that was whole stays so, whatever its company does
         if on_pass:
             on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave,
                      'wrong': torch.where(free, wrong, 0), 'remasked': remasked})

@@ -58,10 +58,8 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
         beyond = sorted_prob.cumsum(-1) - sorted_prob >= top_p
         prob = prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
     cdf = prob.cumsum(-1)
-    ids = torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:], right=True)[:, 0]
-    # rounding can point past the last token that has any probability
-    last = (prob > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(ids, last)
+    # the first place where the sum reaches u of the whole: a token without probability never is
+    return torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:])[:, 0]
 
 
 def probability(logits, ids):

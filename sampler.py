@@ -23,7 +23,7 @@ class Window(nn.Module):
 
     def __init__(self, n_embd, width, offsets, n_code):
         super().__init__()
-        self.offsets = offsets
+        self.register_buffer('offsets', torch.tensor(offsets), persistent=False)
         self.place = nn.Linear(n_embd, width)
         self.code = nn.Linear(n_embd, n_code, bias=False)
         self.slots = nn.Linear(len(offsets) * n_code, width, bias=False)
@@ -107,8 +107,8 @@ def pad(x, k, value):
 
 
 def look_around(padded, rows, cols, offsets, k):
-    """Tokens at the given offsets of places: padded (B, T + 2k) ids; rows, cols (N,) -> (N, S)."""
-    return padded[rows[:, None], cols[:, None] + k + torch.tensor(offsets, device=padded.device)]
+    """Tokens at the given offsets of places: padded (B, T + 2k) ids; rows, cols (N,); offsets (S,) -> (N, S)."""
+    return padded[rows[:, None], cols[:, None] + k + offsets]
 
 
 # -----------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def teacher_forced(x0, mask, rows, cols, offsets, see_all, score, ratio, mask_id
     whole (the fresh look); score (B, T) float chooses where rows without a known token start.
     Returns (N, S) ids, [MASK] where hidden.
     """
-    k = max(offsets)
+    k = len(offsets) // 2
     wave = wave_numbers(mask, first_places(mask, score, ratio))
     # a place is known to those of later waves; places past the ends never are
     around_wave = look_around(pad(wave, k, 1 << 30), rows, cols, offsets, k)

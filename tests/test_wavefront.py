@@ -164,6 +164,17 @@ def test_a_row_alone_equals_the_row_in_a_batch(order, use_sampler):
     assert torch.equal(decode(model, [5, 2], order, use_sampler=use_sampler), together[[5, 2]])
 
 
+def test_a_row_stops_alone_as_it_stops_in_company():
+    """With rising ratios a short gap has nothing to remask at first, while longer ones go on."""
+    model = tiny_model()
+    _, xt, mask = masked_rows()
+    mask[0] = torch.arange(24) < 4
+    decoder = Decoder(ratios=(0.03, 0.5, 0.5))
+    together = decode_block(model, xt, mask, decoder, range(6), range(24))[0]
+    alone, _, passes, _ = decode_block(model, xt[:1], mask[:1], decoder, [0], range(24))
+    assert passes == 1 and torch.equal(alone[0], together[0])
+
+
 @pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
 @pytest.mark.parametrize('use_sampler', [True, False])
 @pytest.mark.parametrize('threshold', [0.0, 0.3])
