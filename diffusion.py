@@ -77,7 +77,8 @@ def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sam
     losses, (B, T), device = {}, batch.x0.size(), batch.x0.device
     if sampler_rows:
         rows, cols = batch.mask.nonzero(as_tuple=True)
-        of_turn = rows % max(1, B // sampler_rows) == step % max(1, B // sampler_rows)
+        stride = max(1, B // sampler_rows)
+        of_turn = rows % stride == step % stride
         rows, cols = rows[of_turn], cols[of_turn]
         see_all = (torch.arange(B, device=device) + step) % see_all_rows == 0 if see_all_rows else \
             torch.zeros(B, dtype=torch.bool, device=device)
@@ -104,9 +105,8 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
 
     x0 (R, T) int64 on the model's device. A row's number of masks n is spread evenly over 1..T, and its part of the
     bound is the sum of masked cross-entropies / (n / T) / T, in expectation the bound of independent masking (LLaDA).
-    Returns {'nelbo': nats per token, 'nelbo_error': its standard error over
-    rows (an upper one: that n is spread evenly lowers the true error), 'main': cross-entropy over masked tokens,
-    'sampler', 'critic', 'critic_auc': as far as asked for}. The critic sees one batch in four.
+    Returns {'nelbo': nats per token, 'nelbo_error': its standard error over rows (an upper one: that n is spread evenly
+    lowers the true error), 'main': cross-entropy over masked tokens, 'sampler', 'critic', 'critic_auc': as far as asked for}. The critic sees one batch in four.
     """
     R, T = x0.size()
     generator = torch.Generator().manual_seed(seed)

@@ -72,10 +72,10 @@ def grid(decoders, orders, passes, temperatures):
     cells = []
     for decoder, order, n, temperature in itertools.product(decoders, orders, passes, temperatures):
         # random order keeps as many tokens in each pass: from (n - 1) / n to 1 / n
-        for start, end in [(1 - 1 / n, 1 / n)] if order == 'random' else SCHEDULES[order]:
-            cell = Cell(decoder, order, n, start, end, temperature)
-            if n > 1 or (order, start) == (orders[0], (SCHEDULES.get(orders[0]) or [(0.0, 1.0)])[0][0]):
-                cells.append(cell)
+        schedules = [(1 - 1 / n, 1 / n)] if order == 'random' else SCHEDULES[order]
+        if n == 1:
+            schedules = schedules[:1] if order == orders[0] else []
+        cells += [Cell(decoder, order, n, start, end, temperature) for start, end in schedules]
     return cells
 
 

@@ -23,7 +23,7 @@ def make_rows(generator, x0, rng):
     x0 (B, T) ids; rng: numpy Generator, which chooses decoder, passes and temperature of the batch.
     Returns x (B, T) filled and intact (B, T) bool, where x is x0.
     """
-    xt, mask = mask_tokens(x0, spread_ratios(len(x0), device=x0.device), generator.mask_id)
+    _, mask = mask_tokens(x0, spread_ratios(len(x0), device=x0.device), generator.mask_id)
     mask[rng.integers(len(x0))] = False    # one row stays whole
     decoder = Decoder(use_sampler=generator.sampler_head is not None and bool(rng.integers(2)),
                       ratios=tuple(linear_ratios(int(rng.choice(PASSES)), 0.6, 0.2)),

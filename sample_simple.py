@@ -174,7 +174,7 @@ def main():
     # decode
     batches = range(0, args.num_samples, args.batch_size)
     watcher = Watcher(args, tokenizer, len(batches) * len(blocks(length, model.config.block_size)) * decoder.passes)
-    texts, tokens, flaws, passes, waves, clock = [], [], [], 0, 0, time.time()
+    tokens, flaws, passes, waves, clock = [], [], 0, 0, time.time()
     for start in batches:
         rows = range(start, min(start + args.batch_size, args.num_samples))
         watcher.begin(rows)

@@ -18,7 +18,7 @@ class Window(nn.Module):
     """Features of a place from its hidden state and the tokens around it: the first, linear layer of a head.
 
     It is a sum of one projection and, for each offset, one row of a table over the vocabulary. In decoding the
-    projection is made once for each trunk pass and the tables once for each checkpoint.
+    projection of a place is made ahead of its wave and the tables once for each block of text.
     """
 
     def __init__(self, n_embd, width, offsets, n_code):
@@ -145,7 +145,7 @@ def sampler_loss(head, hidden, lm_logits, targets, around, wte):
 # decoding
 
 class Wavefront:
-    """Fills masked rows by wavefront with one checkpoint: the head's tables are made once, here."""
+    """Fills masked rows by wavefront: the head's tables are made once, here, and serve every pass."""
 
     def __init__(self, head, wte, min_neighbors_ratio):
         self.head, self.wte, self.ratio, self.reach = head, wte, min_neighbors_ratio, head.context
@@ -164,7 +164,7 @@ class Wavefront:
         flat = mask.flatten().nonzero()[:, 0]
         number, order = wave.flatten()[flat].sort(stable=True)
         rows, cols = flat[order] // T, flat[order] % T
-        sizes = number.bincount(minlength=1).tolist()    # the one wait for the device; waves run on without any
+        sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
         with uncast(hidden):
             place = self.head.window.place(hidden[rows, cols])
             lm_logits, u = lm_logits[rows, cols], u[rows, cols]
