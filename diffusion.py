@@ -15,7 +15,7 @@ from critic import critic_loss, wrongness
 from noise import exact, gumbel, probability, sample, uniform
 from sampler import Wavefront, sampler_loss, teacher_forced
 
-TOKENS, ORDER, PLACES = 0, 1, 2    # streams of noise: one for each use
+TOKENS, ORDER, PLACES, CORRECTIONS = 0, 1, 2, 3    # streams of noise: one for each use
 CRITIC_TEMPERATURE = 0.85          # of the fills that the critic learns from
 
 
@@ -47,6 +47,11 @@ def spread_ratios(B, generator=None, device='cpu'):
     return 1 - (torch.arange(B, device=device) + torch.rand(1, generator=generator, device=device)) / B
 
 
+def bell(u):
+    """Beta(2, 2) quantiles of u in [0, 1]: masking ratios near one half teach most (https://arxiv.org/abs/2605.13026)."""
+    return (0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)).clamp(max=1)
+
+
 # -----------------------------------------------------------------------------
 # training and validation losses
 
@@ -67,12 +72,12 @@ def read(trunk, model, x0, xt, mask):
     return Masked(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask])
 
 
-def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sampler=True, see_all_rows=4):
+def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sampler=True, corrected_rows=2):
     """Losses of the heads on a batch that the trunk has read: {'sampler': ..., 'critic': ...} as far as asked for.
 
     sampler_rows, critic_rows int: about how many rows each head learns from, 0 for none; they move on with step, so
     that every masking ratio has its turn. seed, step: of the noise. use_sampler: the decoder that fills rows for the
-    critic goes by wavefront. One row in see_all_rows shows its places both sides whole; 0 for none.
+    critic goes by wavefront. In one row of corrected_rows, 0 for none, a part is redone among the rest, as corrections do.
     """
     losses, (B, T), device = {}, batch.x0.size(), batch.x0.device
     if sampler_rows:
@@ -80,9 +85,13 @@ def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sam
         stride = max(1, B // sampler_rows)
         of_turn = rows % stride == step % stride
         rows, cols = rows[of_turn], cols[of_turn]
-        see_all = (torch.arange(B, device=device) + step) % see_all_rows == 0 if see_all_rows else \
-            torch.zeros(B, dtype=torch.bool, device=device)
-        around = teacher_forced(batch.x0, batch.mask, rows, cols, model.sampler_head.window.offsets, see_all,
+        redo = batch.mask
+        if corrected_rows:
+            corrected = (torch.arange(B, device=device) + step) % corrected_rows == 0
+            share = uniform(seed, CORRECTIONS, range(B), step, [T], device)    # another for each row
+            part = uniform(seed, CORRECTIONS, range(B), step, range(T), device) < share - 0.3    # often none: the fresh look
+            redo = torch.where(corrected[:, None], redo & part, redo)
+        around = teacher_forced(batch.x0, redo, rows, cols, model.sampler_head.window.offsets,
                                 uniform(seed, PLACES, range(B), step, range(T), device),
                                 model.config.sampler_min_neighbors_ratio, model.mask_id)
         losses['sampler'] = sampler_loss(model.sampler_head, batch.hidden[rows, cols], batch.lm_logits[of_turn],
@@ -122,7 +131,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         nll[batch.mask] = losses
         nelbo.append(nll.sum(1).double().cpu() / n[part])
         B = len(batch.x0)
-        losses = head_losses(model, batch, seed, step, B * sampler, B * (critic and step % 4 == 0), sampler, see_all_rows=0)
+        losses = head_losses(model, batch, seed, step, B * sampler, B * (critic and step % 4 == 0), sampler, corrected_rows=0)
         losses['main'] = nll.sum() / batch.mask.sum()
         for name, value in losses.items():
             totals.setdefault(name, []).append((value.double().cpu(), int(batch.mask.sum())))
@@ -181,6 +190,8 @@ class Decoder:
     temperature: float = 1.0
     top_p: float = 1.0
     randomness_strength: float = 0.0    # of Gumbel noise on the order, annealed to 0
+    corrections: int = 0            # times that the sampler head redoes the worst of what it filled, without a trunk pass
+    correction_ratio: float = 0.4   # their share of it
     seed: int = 1337
 
     @property
@@ -194,6 +205,12 @@ def linear_ratios(iterations, start, end):
     if iterations <= 2:
         return [start][:iterations - 1]
     return [start + (end - start) * i / (iterations - 2) for i in range(iterations - 1)]
+
+
+def worst(wrong, candidates, n):
+    """The n (B,) worst of the candidates (B, T) bool of each row, by wrong (B, T). Returns (B, T) bool."""
+    rank = wrong.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    return candidates & (rank < n[:, None])
 
 
 def places_to_remask(decoder, i, wrong, mask, free, rows, positions):
@@ -210,9 +227,7 @@ def places_to_remask(decoder, i, wrong, mask, free, rows, positions):
     else:
         strength = decoder.randomness_strength * (1 - (i + 1) / decoder.passes)
         key, candidates = -torch.log1p(-wrong.clamp(max=1 - 1e-12)) + strength * noise, free if decoder.revise else mask
-    n = (decoder.ratios[i] * free.sum(1)).round()
-    rank = key.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-    return candidates & (rank < n[:, None])
+    return worst(key, candidates, (decoder.ratios[i] * free.sum(1)).round())
 
 
 @torch.no_grad()
@@ -226,28 +241,35 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
     """
     fills, critic = filler(model, decoder.use_sampler), model.critic_head
     reach = max(fills.reach, critic.context if critic is not None else 0)
+    corrections = decoder.corrections if decoder.use_sampler else 0    # a marginal drawn again is no better informed
     mask, waves, hidden = free, 0, 0
-    prob, flaw = exact(torch.ones_like(x)), exact(torch.zeros_like(x))
+    wrong, flaw = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
     for i in range(decoder.passes):
         # 1. one trunk pass; each place keeps the view that the trunk had when it was last masked
         xt = torch.where(mask, model.mask_id, x)
         hidden = torch.where(mask[..., None], model(xt), hidden)
         lm_logits = model.lm_head(hidden)
 
-        # 2. fill what is masked
-        u = uniform(decoder.seed, TOKENS, rows, i, positions, x.device)
-        before = x
-        x, wave = fills.fill(xt, mask, hidden, lm_logits, u, decoder.temperature, decoder.top_p)
-        waves = waves + wave.max() + 1
+        redo, placed, made = mask, torch.zeros_like(x), 0
+        for j in range(1 + corrections):
+            # 2. fill what is masked; then redo the worst of it, which costs the trunk nothing
+            before, stream = x, (CORRECTIONS, i * corrections + j - 1) if j else (TOKENS, i)
+            u = uniform(decoder.seed, stream[0], rows, stream[1], positions, x.device)
+            x, wave = fills.fill(torch.where(redo, model.mask_id, x), redo, hidden, lm_logits, u, decoder.temperature, decoder.top_p)
+            placed = torch.where(redo, made + wave, placed)
+            made = made + wave.max() + 1
 
-        # 3. look afresh at every token that was placed, or that has another neighbour than before
-        changed = within_reach(mask & (x != before), reach) if i else mask
-        at = (free & (mask | changed)).nonzero(as_tuple=True)
-        prob[at] = fills.look(x, at, hidden, lm_logits)
-        wrong = 1 - prob
-        if critic is not None:
-            flaw[at] = exact(critic(hidden, x, at, model.wte.weight))
-            wrong = wrongness(prob, flaw) if decoder.order == 'critic' else wrong
+            # 3. look afresh at every token that was placed, or that has another neighbour than before
+            changed = within_reach(redo & (x != before), reach) if i or j else redo
+            at = (free & (redo | changed)).nonzero(as_tuple=True)
+            prob = fills.look(x, at, hidden, lm_logits)
+            wrong[at] = 1 - prob
+            if critic is not None:
+                flaw[at] = exact(critic(hidden, x, at, model.wte.weight))
+                wrong[at] = wrongness(prob, flaw[at]) if decoder.order == 'critic' else wrong[at]
+            redo = worst(wrong, mask, (decoder.correction_ratio * mask.sum(1)).round())
+
+        waves = waves + made
 
         # 4. mask the worst again
         remasked = torch.zeros_like(mask)
@@ -255,7 +277,7 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
             remasked = places_to_remask(decoder, i, wrong, mask, free, rows, positions)
             remasked = remasked & mask.any(1, keepdim=True)    # a row that was whole stays so, whatever its company does
         if on_pass:
-            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave,
+            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': placed,
                      'wrong': torch.where(free, wrong, 0), 'remasked': remasked})
         mask = remasked
         if not mask.any():

@@ -79,8 +79,8 @@ beta1 = 0.9
 beta2 = 0.99
 grad_clip = 1.0             # largest gradient norm of the trunk and of each head, apart; 0 is off
 warmup_iters = 100
-lr_decay_iters = 0          # cosine decay ends here; 0 is max_iters
-final_lr_ratio = 0.02       # learning rate at the end, as a share of the highest
+lr_decay_iters = 0          # linear decay ends here; 0 is max_iters
+final_lr_ratio = 0.0        # learning rate at the end, as a share of the highest
 # system
 device = 'auto'             # 'cuda', 'mps', 'cpu'; auto takes the first there is
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16'; auto takes bfloat16 where the hardware has it
@@ -112,7 +112,7 @@ def critic_weight(it):
 def lr_factor(it, begin=0):
     """Learning rate at it, as a share of the highest, of a part that begins to learn at begin.
 
-    Linear warm-up from there, cosine decay to final_lr_ratio, then constant.
+    Linear warm-up from there, linear decay to final_lr_ratio, then constant.
     """
     end = lr_decay_iters or max_iters
     if it < begin + warmup_iters:
@@ -120,7 +120,7 @@ def lr_factor(it, begin=0):
     if it >= end:
         return final_lr_ratio
     progress = (it - begin - warmup_iters) / (end - begin - warmup_iters)
-    return final_lr_ratio + (1 - final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - (1 - final_lr_ratio) * progress
 
 
 def make_optimizers(model):
@@ -297,7 +297,7 @@ def main():
             return {'main': judge.loss(trunk, model, *judge.make_rows(generator, x0, rng))}
         if causal:
             return {'main': autoregressive.nll(trunk, model, x0).mean()}
-        xt, mask = diffusion.mask_tokens(x0, diffusion.spread_ratios(batch_size, device=where), model.mask_id)
+        xt, mask = diffusion.mask_tokens(x0, diffusion.bell(diffusion.spread_ratios(batch_size, device=where)), model.mask_id)
         batch = diffusion.read(trunk, model, x0, xt, mask)
         heads = diffusion.head_losses(model, batch, seed, it, sampler_rows if has_sampler(it) else 0,
                                       critic_rows if stage(it) == 3 else 0, use_sampler=add_sampler_head)

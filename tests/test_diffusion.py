@@ -31,6 +31,13 @@ def test_ratios_are_spread():
     assert ((t * 8).ceil() == torch.arange(1, 9)).all()
 
 
+def test_bell_has_the_quantiles_of_beta_2_2():
+    u = torch.linspace(0, 1, 101)
+    t = diffusion.bell(u)
+    torch.testing.assert_close(3 * t ** 2 - 2 * t ** 3, u, atol=1e-5, rtol=0)    # the distribution function
+    assert t.min() >= 0 and t.max() <= 1 and t[1] > 0
+
+
 @pytest.mark.parametrize('iterations, expected', [
     (1, []), (2, [0.9]), (3, [0.9, 0.1]), (5, [0.9, 0.9 - 0.8 / 3, 0.9 - 1.6 / 3, 0.1])])
 def test_schedule_and_both_ends(iterations, expected):
