@@ -18,7 +18,7 @@ from sampler import Window, look_around, pad
 class CriticHead(nn.Module):
     """Logit that a token was placed by the decoder rather than read from text: high means wrong."""
 
-    def __init__(self, n_embd, context, width=64):
+    def __init__(self, n_embd, context, width=48):
         super().__init__()
         self.context = context
         self.window = Window(n_embd, width, [*range(-context, context + 1)], n_code=width // 4)

@@ -3,7 +3,7 @@
     python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --quick
     python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --judge out-judge/ckpt.pt
 
-Every decoder, order, number of trunk passes, schedule and temperature makes the same number of samples, which a causal
+Every decoder (naive; wavefront; wavefront that corrects itself), order, number of trunk passes, schedule and temperature makes the same number of samples, which a causal
 model that never saw samples scores. Decoders are compared at matched diversity: of a decoder's cells with so many
 passes the one with the best NLL counts whose unigram entropy and distinct 4-grams are above a floor.
 Finished cells are kept in evaluation.json: an interrupted grid goes on where it was.
@@ -33,7 +33,12 @@ from errors import InputError, run
 from judge import Judge
 from metrics import describe, mean_error, words_of
 
-# order of the grid -> what it sets in the decoder
+# decoder and order of the grid -> what they set in the decoder
+DECODERS = {
+    'naive': dict(use_sampler=False),
+    'wavefront': dict(),
+    'corrected': dict(corrections=4),    # the wavefront redoes its own worst tokens after each pass
+}
 ORDERS = {
     'random': dict(order='random'),                                                    # ancestral sampling of MDLM
     'confidence': dict(order='confidence', revise=False),                              # MaskGIT: kept once, kept for good
@@ -44,14 +49,15 @@ ORDERS = {
 }
 LONG, SHORT = (0.95, 0.05), (0.4, 0.05)    # share remasked after the first and before the last pass
 SCHEDULES = {'confidence': [LONG], 'noise': [LONG], 'remask': [LONG, SHORT], 'remask-noise': [LONG, SHORT], 'critic': [LONG, SHORT]}
+CORRECTED_ORDERS = ('remask', 'critic')    # the others keep what corrections would redo
 PASSES = (1, 2, 4, 8, 16, 32, 64)
-TEMPERATURES = (0.6, 0.8, 1.0)
+TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
 COLUMNS = ('nll', 'entropy', 'distinct4', 'spelt', 'unknown_chars', 'judge')
 
 
 @dataclass(frozen=True)
 class Cell:
-    decoder: str           # 'naive' or 'wavefront'
+    decoder: str           # a name in DECODERS
     order: str             # a name in ORDERS
     passes: int
     start: float           # of the ratio schedule
@@ -63,8 +69,8 @@ class Cell:
         return f'{self.decoder} {self.order} {self.passes} passes, ratios {self.start:.2f} to {self.end:.2f}, temperature {self.temperature:g}'
 
     def settings(self, seed):
-        return Decoder(use_sampler=self.decoder == 'wavefront', ratios=tuple(linear_ratios(self.passes, self.start, self.end)),
-                       temperature=self.temperature, seed=seed, **ORDERS[self.order])
+        return Decoder(ratios=tuple(linear_ratios(self.passes, self.start, self.end)), temperature=self.temperature, seed=seed,
+                       **DECODERS[self.decoder], **ORDERS[self.order])
 
 
 def grid(decoders, orders, passes, temperatures):
@@ -73,8 +79,12 @@ def grid(decoders, orders, passes, temperatures):
     for decoder, order, n, temperature in itertools.product(decoders, orders, passes, temperatures):
         # random order keeps as many tokens in each pass: from (n - 1) / n to 1 / n
         schedules = [(1 - 1 / n, 1 / n)] if order == 'random' else SCHEDULES[order]
+        if decoder == 'corrected':
+            schedules = schedules if order in CORRECTED_ORDERS else []
+        elif n == 1 and order != orders[0]:
+            schedules = []
         if n == 1:
-            schedules = schedules[:1] if order == orders[0] else []
+            schedules = schedules[:1]
         cells += [Cell(decoder, order, n, start, end, temperature) for start, end in schedules]
     return cells
 
@@ -89,7 +99,7 @@ def arguments():
     add('--quick', action='store_true', help='a small grid: minutes on a laptop')
     add('--orders', default=None, help=f'some of {",".join(ORDERS)}')
     add('--passes', default=None, help='numbers of trunk passes (default: 1 to 64)')
-    add('--temperatures', default=None, help='temperatures (default: 0.6, 0.8 and 1)')
+    add('--temperatures', default=None, help='temperatures (default: 0.4, 0.6, 0.8 and 1)')
     add('--num-samples', type=int, default=32, help='samples in a cell')
     add('--entropy-slack', type=float, default=0.4, help='floor of diversity: nats of unigram entropy below real text')
     add('--distinct-slack', type=float, default=0.5, help='floor of diversity: share of distinct 4-grams lost against real text')
@@ -232,15 +242,16 @@ def frontier(cells, floor):
 
 def sentence(lines):
     """How many passes and seconds the sampler saves against the best naive decoder."""
-    if not lines.get('wavefront') or not lines.get('naive'):
+    helped = [c for decoder, cells in lines.items() if decoder != 'naive' for c in cells]
+    if not helped or not lines.get('naive'):
         return 'no comparison: a decoder has no samples as diverse as the floor asks, or was not run.'
     naive = min(lines['naive'], key=lambda c: c['nll'][0])
-    as_good = [c for c in lines['wavefront'] if c['nll'][0] <= naive['nll'][0]]
+    as_good = [c for c in helped if c['nll'][0] <= naive['nll'][0]]
     if not as_good:
-        best = min(lines['wavefront'], key=lambda c: c['nll'][0])
+        best = min(helped, key=lambda c: c['nll'][0])
         return (f'The wavefront does not reach the best naive decoder ({naive["nll"][0]:.2f} nats, {naive["passes"]} passes): '
                 f'its best is {best["nll"][0]:.2f} nats with {best["passes"]} passes.')
-    first = as_good[0]
+    first = min(as_good, key=lambda c: (c['passes'], c['seconds']))
     return (f'At matched diversity the wavefront needs {first["passes"]} trunk passes and {first["seconds"]:.1f} s for {first["nll"][0]:.2f} nats; '
             f'the best naive decoder found ({naive["order"]}) needs {naive["passes"]} passes and {naive["seconds"]:.1f} s for {naive["nll"][0]:.2f}: '
             f'{naive["passes"] / first["passes"]:.0f} times the passes and {naive["seconds"] / first["seconds"]:.1f} times the seconds.')
@@ -253,7 +264,7 @@ def beats(one, other):
 
 def outdone(cells):
     """The fewest passes P such that every naive cell is beaten by a wavefront cell of at most P passes, or None."""
-    waves = [c for c in cells if c['decoder'] == 'wavefront']
+    waves = [c for c in cells if c['decoder'] != 'naive']
     needed = [min((w['passes'] for w in waves if beats(w, n)), default=math.inf) for n in cells if n['decoder'] == 'naive']
     return max(needed) if needed and max(needed) < math.inf else None
 
@@ -268,7 +279,7 @@ def table(result, lines):
     out = ['| decoder | NLL, nats | entropy, nats | distinct 4-grams | words spelt right | characters in unknown words | judge | seconds |',
            '|---|---|---|---|---|---|---|---|']
     out += [row(name, entry) for name, entry in result['reference'].items()]
-    for decoder in ('naive', 'wavefront'):
+    for decoder in DECODERS:
         for cell in lines.get(decoder, []):
             out.append(row(f'{decoder}, {cell["passes"]} passes ({cell["order"]}, {cell["start"]:.2f} to {cell["end"]:.2f}, '
                            f'temperature {cell["temperature"]:g})', cell))
@@ -281,7 +292,7 @@ def plot(result, lines, out_dir):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    colours = {'naive': '#b2502f', 'wavefront': '#1f6f8b'}
+    colours = {'naive': '#b2502f', 'wavefront': '#7fb3c8', 'corrected': '#1f6f8b'}
     for axis, name, label in ((axes[0], 'passes', 'trunk passes'), (axes[1], 'seconds', f'seconds for {result["identity"]["num_samples"]} samples')):
         for decoder, cells in lines.items():
             axis.errorbar([c[name] for c in cells], [c['nll'][0] for c in cells], [c['nll'][1] for c in cells], marker='o', ms=4,
@@ -322,7 +333,7 @@ def main():
         if args.orders and 'critic' in orders:
             raise InputError(f'{args.checkpoint!r} has no critic head, which the order critic needs')
         orders = tuple(order for order in orders if order != 'critic')
-    decoders = ('naive',) if evaluation.model.sampler_head is None else ('naive', 'wavefront')
+    decoders = ('naive',) if evaluation.model.sampler_head is None else tuple(DECODERS)
     cells = grid(decoders, orders, passes, temperatures)
     evaluation.references(temperatures)
     evaluation.run(cells, progress=not args.no_progress and sys.stderr.isatty())

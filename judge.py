@@ -15,19 +15,21 @@ from errors import InputError
 
 TEMPERATURES = (0.7, 1.0)    # range of the fills
 PASSES = (1, 2, 4)
+CORRECTIONS = (0, 2)
 
 
 def make_rows(generator, x0, rng):
     """Damage clean rows: mask each at its own ratio and let the frozen generator fill it.
 
-    x0 (B, T) ids; rng: numpy Generator, which chooses decoder, passes and temperature of the batch.
+    x0 (B, T) ids; rng: numpy Generator, which chooses masks, decoder, passes, corrections and temperature of the batch.
     Returns x (B, T) filled and intact (B, T) bool, where x is x0.
     """
-    _, mask = mask_tokens(x0, spread_ratios(len(x0), device=x0.device), generator.mask_id)
+    noise = torch.Generator(x0.device).manual_seed(int(rng.integers(2 ** 62)))
+    _, mask = mask_tokens(x0, spread_ratios(len(x0), noise, x0.device), generator.mask_id, noise)
     mask[rng.integers(len(x0))] = False    # one row stays whole
     decoder = Decoder(use_sampler=generator.sampler_head is not None and bool(rng.integers(2)),
                       ratios=tuple(linear_ratios(int(rng.choice(PASSES)), 0.6, 0.2)),
-                      temperature=float(rng.uniform(*TEMPERATURES)), seed=int(rng.integers(2 ** 31)))
+                      temperature=float(rng.uniform(*TEMPERATURES)), corrections=int(rng.choice(CORRECTIONS)), seed=int(rng.integers(2 ** 31)))
     x = decode_block(generator, x0, mask, decoder, range(len(x0)), range(x0.size(1)))[0]
     return x, x == x0
 

@@ -43,8 +43,12 @@ def arguments():
     add('--end-ratio', type=float, default=0.05, help='share remasked before the last pass')
     add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
     add('--threshold', type=float, default=0.5, help='wrongness above which a token is remasked')
-    add('--order', choices=('confidence', 'critic', 'random'), help='what is remasked first (default: critic where there is one)')
+    add('--order', choices=('confidence', 'critic', 'random'),
+        help='what is remasked first (default: critic where there is one and the sampler, whose fills it knows)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
+    add('--corrections', type=int, help='times that the sampler head redoes its worst tokens after each pass, without the trunk '
+        '(default: 1, below 8 iterations 4)')
+    add('--correction-ratio', type=float, default=0.4, help='their share of what the pass filled')
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
     add('--seed-text', default='', help='text that every sample contains')
@@ -69,7 +73,8 @@ def check(args):
     """InputError for a value out of range; settles what depends on another flag."""
     for name, low, high in (('num_samples', 1, None), ('sequence_length', 0, None), ('batch_size', 1, None), ('iterations', 1, None),
                             ('temperature', 0, None), ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1),
-                            ('threshold', 1e-6, 1), ('randomness_strength', 0, None), ('seed', -1, None)):
+                            ('threshold', 1e-6, 1), ('corrections', 0, None), ('correction_ratio', 0, 1),
+                            ('randomness_strength', 0, None), ('seed', -1, None)):
         value = getattr(args, name)
         if value is not None and not (value >= low and (high is None or value <= high)):
             raise InputError(f'--{name.replace("_", "-")} is {value}, wanted ' + (f'at least {low}' if high is None else f'{low} to {high}'))
@@ -84,6 +89,8 @@ def check(args):
         if args.start_ratio is None:    # few passes have no time to begin again
             args.start_ratio = 0.95 if args.iterations >= 8 else 0.4
         args.masking_ratios = linear_ratios(args.iterations, args.start_ratio, args.end_ratio)
+    if args.corrections is None:
+        args.corrections = 1 if len(args.masking_ratios) >= 7 else 4
     if args.save and not os.path.isdir(os.path.dirname(args.save) or '.'):
         raise InputError(f'--save {args.save!r}: no folder {os.path.dirname(args.save)!r}')
     if args.seed == -1:
@@ -151,7 +158,9 @@ def main():
     path = os.path.join(args.out_dir, args.checkpoint_name)
     model, tokenizer, saved = load_model(path)
     want_generator(model, path)
-    args.order = args.order or ('confidence' if model.critic_head is None else 'critic')
+    use_sampler = model.sampler_head is not None and not args.disable_sampler
+    # the critic learned from the sampler's fills; naive ones it misleads
+    args.order = args.order or ('critic' if use_sampler and model.critic_head is not None else 'confidence')
     if 'critic' in (args.order, {'node': 'critic'}.get(args.quality_metric)) and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic and --quality-metric node need')
     if (args.quality_metric == 'judge') != bool(args.judge_checkpoint_name):
@@ -161,11 +170,11 @@ def main():
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
     dtype = pick_dtype(args.dtype, device)
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
-    use_sampler = model.sampler_head is not None and not args.disable_sampler
     metric = args.quality_metric or ('none' if model.critic_head is None else 'node')
     decoder = Decoder(use_sampler=use_sampler, order=args.order, revise=not args.no_revise, ratios=tuple(args.masking_ratios),
                       threshold=args.threshold if args.schedule_mode == 'threshold' else 0.0, temperature=args.temperature,
-                      top_p=args.top_p, randomness_strength=args.randomness_strength, seed=args.seed)
+                      top_p=args.top_p, randomness_strength=args.randomness_strength, corrections=args.corrections,
+                      correction_ratio=args.correction_ratio, seed=args.seed)
     length = args.sequence_length or model.config.block_size
     x, free = prompt_rows(args, tokenizer, length)
     print(f'{path}: iteration {saved["iter_num"]}, trained on {saved["corpus"]["name"]}; decoding '

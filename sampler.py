@@ -114,19 +114,19 @@ def look_around(padded, rows, cols, offsets, k):
 # -----------------------------------------------------------------------------
 # training
 
-def teacher_forced(x0, mask, rows, cols, offsets, see_all, score, ratio, mask_id):
-    """Neighbours of masked places as a wavefront would have placed them, taken from the clean row.
+def teacher_forced(x0, redo, rows, cols, offsets, score, ratio, mask_id):
+    """Neighbours of places as a wavefront that fills redo would have placed them, taken from the clean row.
 
-    x0 (B, T) ids; mask (B, T) bool; rows, cols (N,) the places; see_all (B,) bool, rows whose places see both sides
-    whole (the fresh look); score (B, T) float chooses where rows without a known token start.
-    Returns (N, S) ids, [MASK] where hidden.
+    x0 (B, T) ids; redo (B, T) bool, all that is masked or, in a correction, a part of it; rows, cols (N,) the places:
+    those outside redo are looked at when it is about to be filled; score (B, T) float chooses where rows without a
+    known token start. Returns (N, S) ids, [MASK] where hidden.
     """
     k = len(offsets) // 2
-    wave = wave_numbers(mask, first_places(mask, score, ratio))
+    wave = wave_numbers(redo, first_places(redo, score, ratio))
     # a place is known to those of later waves; places past the ends never are
     around_wave = look_around(pad(wave, k, 1 << 30), rows, cols, offsets, k)
     around = look_around(pad(x0, k, mask_id), rows, cols, offsets, k)
-    seen = (around_wave < wave[rows, cols, None]) | see_all[rows, None]
+    seen = around_wave < wave[rows, cols, None].clamp(min=1)
     return torch.where(seen, around, mask_id)
 
 

@@ -123,6 +123,8 @@ def test_the_sentence_counts_passes_and_seconds():
     cells = [cell('naive', 4, 3.0, 1.0), cell('naive', 64, 2.0, 12.0), cell('wavefront', 2, 2.5, 0.5), cell('wavefront', 4, 1.9, 1.2)]
     assert '16 times the passes and 10.0 times the seconds' in sentence(frontier(cells, {'entropy': 2}))
     assert 'does not reach' in sentence(frontier(cells[:3], {'entropy': 2}))
+    corrected = cell('corrected', 1, 1.9, 1.5)
+    assert '64 times the passes and 8.0 times the seconds' in sentence(frontier(cells + [corrected], {'entropy': 2}))
 
 
 def test_every_naive_cell_must_be_beaten_at_everything_at_once():
@@ -143,8 +145,8 @@ def test_measures_by_hand():
 
 
 def test_grid_has_one_cell_for_each_thing_that_differs():
-    cells = grid(('naive', 'wavefront'), ('random', 'confidence', 'remask'), (1, 4), (1.0,))
-    assert len({c.key for c in cells}) == len(cells) == 2 * (1 + 1 + 1 + 2)
+    cells = grid(('naive', 'wavefront', 'corrected'), ('random', 'confidence', 'remask'), (1, 4), (1.0,))
+    assert len({c.key for c in cells}) == len(cells) == 2 * (1 + 1 + 1 + 2) + (1 + 2)
     assert linear_ratios(4, 0.75, 0.25) == pytest.approx([0.75, 0.5, 0.25])
 
 
@@ -186,7 +188,7 @@ def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
     assert '| real text |' in out and '| autoregressive, temperature 1 |' in out and '| wavefront, 2 passes (' in out
     assert 'wavefront' in out.splitlines()[-1]
     result = json.loads((tmp_path / 'evaluation.json').read_text())
-    assert len(result['cells']) == 2 * (1 + 1 + 2 + 2) and all(0 <= c['judge'][0] <= 1 for c in result['cells'].values())
+    assert len(result['cells']) == 2 * (1 + 1 + 2 + 2) + 2 * (1 + 2) and all(0 <= c['judge'][0] <= 1 for c in result['cells'].values())
     assert (tmp_path / 'frontier.png').stat().st_size > 5000 and (tmp_path / 'frontier.svg').exists()
 
     # what is finished is kept: a grid that goes on, or is wider, measures the rest alone

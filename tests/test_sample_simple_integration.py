@@ -53,6 +53,7 @@ def test_prefix_stays_at_the_front(sample):
 
 
 @pytest.mark.parametrize('flags', [['--disable-sampler'], ['--order', 'critic'], ['--order', 'random'], ['--no-revise'],
+                                   ['--corrections', 0], ['--corrections', 3, '--correction-ratio', 1],
                                    ['--schedule-mode', 'threshold', '--threshold', 0.9], ['--masking-ratios', '0.5,0.2'],
                                    ['--quality-metric', 'none'], ['--temperature', 0], ['--dtype', 'bfloat16']])
 def test_decoders_leave_no_mask(sample, flags):
@@ -82,6 +83,7 @@ def test_plain_lines_where_there_is_no_terminal(script, trained):
     (['--iterations', 0], '--iterations is 0'), (['--num-samples', 0], '--num-samples is 0'), (['--start-ratio', 1.2], '--start-ratio is 1.2'),
     (['--masking-ratios', '0.5,2'], r'\[0.5, 2.0\]'), (['--masking-ratios', '0.5', '--iterations', 4], 'make 2 iterations'),
     (['--seed-text', 'the CAT'], "'ACT' is not in the vocabulary"), (['--seed-text', 'the ' * 20], '80 tokens'), (['--top-p', 0], '--top-p'),
+    (['--corrections', -1], '--corrections is -1'), (['--correction-ratio', 2], '--correction-ratio is 2'),
     (['--temperature', -1], '--temperature'), (['--checkpoint-name', 'no.pt'], 'no checkpoint'), (['--out-dir', 'nowhere'], 'no checkpoint'),
     (['--save', 'nowhere/o.json'], "no folder 'nowhere'"), (['--device', 'abacus'], 'abacus'), (['--seed', -2], '--seed is -2')])
 def test_bad_input_is_one_line(sample, flags, message):

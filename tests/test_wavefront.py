@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 from diffusion import Decoder, decode_block, filler, linear_ratios
 from noise import sample, uniform
-from sampler import first_places, look_around, pad, teacher_forced, wave_numbers
+from sampler import Wavefront, first_places, look_around, pad, teacher_forced, wave_numbers
 
 
 def masked_rows(B=6, T=24, V=12, seed=0):
@@ -137,7 +137,7 @@ def test_teacher_forcing_shows_what_decoding_shows():
         fills.logits = spy
         x, _ = fills.fill(xt, mask, hidden, lm_logits, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
     score = lm_logits.softmax(-1).amax(-1)
-    around = teacher_forced(x, mask, *mask.nonzero(as_tuple=True), model.sampler_head.window.offsets, torch.zeros(6, dtype=torch.bool), score, 0.01, model.mask_id)
+    around = teacher_forced(x, mask, *mask.nonzero(as_tuple=True), model.sampler_head.window.offsets, score, 0.01, model.mask_id)
     first = first_places(mask, score, 0.01)
     compared = 0
     for (b, i), forced in zip(mask.nonzero().tolist(), around):
@@ -147,10 +147,53 @@ def test_teacher_forcing_shows_what_decoding_shows():
     assert compared > 50
 
 
+def test_teacher_forcing_shows_what_a_correction_shows():
+    """Where a part is redone among the rest, as when filling it; a place outside it is looked at before that."""
+    x0 = torch.arange(8)[None]
+    redo = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0]]).bool()
+    around = teacher_forced(x0, redo, torch.zeros(4, dtype=torch.long), torch.tensor([1, 2, 3, 5]), torch.tensor([-2, -1, 1, 2]),
+                            torch.zeros(1, 8), 0.01, 99)
+    assert around.tolist() == [[99, 0, 99, 99], [0, 1, 99, 99], [1, 2, 4, 5], [99, 99, 6, 7]]
+
+
+def spied(model, decoder):
+    """What a decoder from all masks filled, [places (B, T) bool, trunk passes so far] of each fill, and its passes."""
+    passes, fills = [], []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    plain = Wavefront.fill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wavefront, 'fill', lambda self, xt, mask, *rest: fills.append((mask, len(passes))) or plain(self, xt, mask, *rest))
+        x = torch.full((3, 24), model.mask_id)
+        steps = []
+        x = decode_block(model, x, x == model.mask_id, decoder, range(3), range(24), steps.append)[0]
+    return x, fills, steps
+
+
+@pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
+def test_corrections_redo_a_share_of_what_a_pass_filled_and_cost_no_pass(order):
+    model = tiny_model()
+    x, fills, steps = spied(model, Decoder(order=order, ratios=(0.5, 0.25), corrections=2, correction_ratio=0.25))
+    assert [(int(mask.sum(1).unique()), trunk) for mask, trunk in fills] == [(24, 1), (6, 1), (6, 1), (12, 2), (3, 2), (3, 2), (6, 3), (2, 3), (2, 3)]
+    for k in (0, 3, 6):
+        filled = fills[k][0]
+        assert all((filled | ~redone[0]).all() for redone in fills[k:k + 3]), 'what was kept before is not touched'
+    assert (x < model.mask_id).all()
+    once, _, _ = spied(model, Decoder(order=order, ratios=(0.5, 0.25), corrections=0))
+    assert not torch.equal(x, once)
+    assert all((step['wave'][step['xt'] != model.mask_id] == 0).all() for step in steps)
+
+
+def test_naive_decoding_has_no_corrections():
+    model = tiny_model()
+    x = torch.full((3, 24), model.mask_id)
+    run = lambda n: decode_block(model, x, x == model.mask_id, Decoder(use_sampler=False, ratios=(0.5,), corrections=n), range(3), range(24))[0]
+    assert torch.equal(run(0), run(3))
+
+
 def decode(model, rows, order='confidence', **changes):
     _, xt, mask = masked_rows()
     xt, mask = xt[rows], mask[rows]
-    decoder = Decoder(order=order, ratios=tuple(linear_ratios(5, 0.8, 0.2)), randomness_strength=0.5, **changes)
+    decoder = Decoder(order=order, ratios=tuple(linear_ratios(5, 0.8, 0.2)), randomness_strength=0.5, corrections=1, **changes)
     return decode_block(model, xt, mask, decoder, rows, range(24))[0]
 
 
@@ -188,14 +231,15 @@ def test_no_mask_is_left_and_given_text_is_kept(order, use_sampler, threshold):
 
 @pytest.mark.parametrize('use_sampler', [True, False])
 @pytest.mark.parametrize('order', ['confidence', 'critic'])
-def test_wrongness_is_that_of_the_present_neighbours(use_sampler, order):
+@pytest.mark.parametrize('corrections', [0, 2])
+def test_wrongness_is_that_of_the_present_neighbours(use_sampler, order, corrections):
     """A kept token is looked at again when a token beside it changes: nothing stale decides what is redone."""
     model = tiny_model()
     x = torch.full((3, 24), model.mask_id)
     steps, views = [], [None]
     model.register_forward_hook(lambda _, args, hidden: views.append(hidden))
-    decode_block(model, x, x == model.mask_id, Decoder(use_sampler=use_sampler, order=order, ratios=(0.5, 0.4, 0.3)), range(3), range(24),
-                 on_pass=steps.append)
+    decode_block(model, x, x == model.mask_id, Decoder(use_sampler=use_sampler, order=order, ratios=(0.5, 0.4, 0.3), corrections=corrections), range(3),
+                 range(24), on_pass=steps.append)
     everywhere = torch.ones_like(x).bool().nonzero(as_tuple=True)
     with torch.no_grad():
         for step, hidden in zip(steps, views[1:]):
