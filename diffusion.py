@@ -16,7 +16,7 @@ from noise import exact, gumbel, probability, sample, uniform
 from sampler import Wavefront, sampler_loss, teacher_forced
 
 TOKENS, ORDER, PLACES, CORRECTIONS = 0, 1, 2, 3    # streams of noise: one for each use
-CRITIC_TEMPERATURE = 0.85          # of the fills that the critic learns from
+CRITIC_TEMPERATURE = 0.6           # of the fills that the critic learns from
 
 
 # -----------------------------------------------------------------------------

@@ -145,11 +145,15 @@ def sampler_loss(head, hidden, lm_logits, targets, around, wte):
 # decoding
 
 class Wavefront:
-    """Fills masked rows by wavefront: the head's tables are made once, here, and serve every pass."""
+    """Fills masked rows by wavefront: the head's tables are made once, here, and serve every pass.
+
+    Those of a vocabulary of more than max_tabled tokens would fill the memory: they are made for the tokens of each wave.
+    """
+    max_tabled = 8192
 
     def __init__(self, head, wte, min_neighbors_ratio):
         self.head, self.wte, self.ratio, self.reach = head, wte, min_neighbors_ratio, head.context
-        self.tables = head.window.tables(wte)
+        self.tables = head.window.tables(wte) if len(wte) <= self.max_tabled else None
 
     def fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
         """Fill every masked place.
@@ -190,7 +194,8 @@ class Wavefront:
 
     def logits(self, x, rows, cols, place, lm_logits):
         around = look_around(x, rows, cols, self.head.window.offsets, self.head.context)
-        return self.head(place, around, self.tables, lm_logits, self.wte[:-1])
+        tables, around = (self.tables, around) if self.tables is not None else self.head.window.tables_for(self.wte, around)
+        return self.head(place, around, tables, lm_logits, self.wte[:-1])
 
 
 def uncast(hidden):

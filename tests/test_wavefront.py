@@ -207,6 +207,13 @@ def test_a_row_alone_equals_the_row_in_a_batch(order, use_sampler):
     assert torch.equal(decode(model, [5, 2], order, use_sampler=use_sampler), together[[5, 2]])
 
 
+def test_a_large_vocabulary_is_tabled_wave_by_wave_to_the_same_end(monkeypatch):
+    model = tiny_model()
+    whole = decode(model, [0, 1, 2, 3, 4, 5])
+    monkeypatch.setattr(Wavefront, 'max_tabled', 0)
+    assert torch.equal(decode(model, [0, 1, 2, 3, 4, 5]), whole)
+
+
 def test_a_row_stops_alone_as_it_stops_in_company():
     """With rising ratios a short gap has nothing to remask at first, while longer ones go on."""
     model = tiny_model()
