@@ -72,30 +72,46 @@ def read(trunk, model, x0, xt, mask):
     return Masked(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask])
 
 
-def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sampler=True, corrected_rows=2):
+def sampler_examples(model, batch, seed, step, n_rows, practise):
+    """Places for the sampler head to learn from: hidden (N, C), lm_logits (N, V - 1), targets (N,), around (N, 2k)."""
+    (B, T), device, offsets = batch.x0.size(), batch.x0.device, model.sampler_head.window.offsets
+
+    def around(x0, redo, rows, cols, numbers):
+        start = uniform(seed, PLACES, numbers, step, range(T), device)    # where a row that knows nothing begins
+        return teacher_forced(x0, redo, rows, cols, offsets, start, model.config.sampler_min_neighbors_ratio, model.mask_id)
+
+    # masked places of the rows whose turn it is
+    stride = max(1, B // n_rows)
+    rows, cols = batch.mask.nonzero(as_tuple=True)
+    turn = rows % stride == step % stride
+    rows, cols = rows[turn], cols[turn]
+    redo = batch.mask
+    if practise:    # corrections: in every other row a part is redone among the rest; often none, the fresh look
+        u = uniform(seed, CORRECTIONS, range(B), step, range(T + 1), device)
+        every_other = (torch.arange(B, device=device) + step) % 2 == 0
+        redo = redo & ((u[:, :T] < u[:, T:] - 0.3) | ~every_other[:, None])
+    examples = [(batch.hidden[rows, cols], batch.lm_logits[turn], batch.targets[turn], around(batch.x0, redo, rows, cols, range(B)))]
+
+    if practise:    # the first pass: rows that know nothing look all the same to the trunk, so many cost little
+        x0 = batch.x0[step % 4::4]
+        hidden = model(torch.full_like(x0[:1], model.mask_id))[0]
+        rows, cols = torch.ones_like(x0).nonzero(as_tuple=True)
+        examples.append((hidden[cols], model.lm_head(hidden)[cols], x0.flatten(), around(x0, x0 >= 0, rows, cols, range(B, B + len(x0)))))
+    return [torch.cat(parts) for parts in zip(*examples)]
+
+
+def head_losses(model, batch, seed, step, sampler_rows=0, critic_rows=0, use_sampler=True, practise=True):
     """Losses of the heads on a batch that the trunk has read: {'sampler': ..., 'critic': ...} as far as asked for.
 
     sampler_rows, critic_rows int: about how many rows each head learns from, 0 for none; they move on with step, so
     that every masking ratio has its turn. seed, step: of the noise. use_sampler: the decoder that fills rows for the
-    critic goes by wavefront. In one row of corrected_rows, 0 for none, a part is redone among the rest, as corrections do.
+    critic goes by wavefront. practise: the sampler head learns corrections and first passes too.
     """
     losses, (B, T), device = {}, batch.x0.size(), batch.x0.device
     if sampler_rows:
-        rows, cols = batch.mask.nonzero(as_tuple=True)
-        stride = max(1, B // sampler_rows)
-        of_turn = rows % stride == step % stride
-        rows, cols = rows[of_turn], cols[of_turn]
-        redo = batch.mask
-        if corrected_rows:
-            corrected = (torch.arange(B, device=device) + step) % corrected_rows == 0
-            share = uniform(seed, CORRECTIONS, range(B), step, [T], device)    # another for each row
-            part = uniform(seed, CORRECTIONS, range(B), step, range(T), device) < share - 0.3    # often none: the fresh look
-            redo = torch.where(corrected[:, None], redo & part, redo)
-        around = teacher_forced(batch.x0, redo, rows, cols, model.sampler_head.window.offsets,
-                                uniform(seed, PLACES, range(B), step, range(T), device),
-                                model.config.sampler_min_neighbors_ratio, model.mask_id)
-        losses['sampler'] = sampler_loss(model.sampler_head, batch.hidden[rows, cols], batch.lm_logits[of_turn],
-                                         batch.targets[of_turn], around, model.wte.weight)
+        with torch.no_grad():
+            examples = sampler_examples(model, batch, seed, step, sampler_rows, practise)
+        losses['sampler'] = sampler_loss(model.sampler_head, *examples, model.wte.weight)
     if critic_rows:
         stride = max(1, B // critic_rows)
         part = slice(step % stride, None, stride)
@@ -131,7 +147,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         nll[batch.mask] = losses
         nelbo.append(nll.sum(1).double().cpu() / n[part])
         B = len(batch.x0)
-        losses = head_losses(model, batch, seed, step, B * sampler, B * (critic and step % 4 == 0), sampler, corrected_rows=0)
+        losses = head_losses(model, batch, seed, step, B * sampler, B * (critic and step % 4 == 0), sampler, practise=False)
         losses['main'] = nll.sum() / batch.mask.sum()
         for name, value in losses.items():
             totals.setdefault(name, []).append((value.double().cpu(), int(batch.mask.sum())))

@@ -12,6 +12,6 @@ max_iters = 3000
 
 # without a GPU: the size of the diffusion model, about six minutes on two cores
 if not torch.cuda.is_available():
-    n_layer, n_head, n_embd, dropout = 4, 3, 192, 0.0
-    batch_size, max_iters = 16, 1600
+    n_layer, n_head, n_embd, dropout = 4, 3, 192, 0.1
+    batch_size, max_iters = 16, 1500
     learning_rate = 3e-3

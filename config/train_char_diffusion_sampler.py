@@ -26,6 +26,6 @@ muon_learning_rate = 0.02
 if not torch.cuda.is_available():
     n_layer, n_head, n_embd, dropout = 4, 3, 192, 0.0
     batch_size, sampler_rows, critic_rows = 16, 16, 8
-    max_iters, eval_interval = 2200, 550
-    start_sampler_iteration, start_critic_iteration, end_critic_iteration = 300, 1400, 1650
+    max_iters, eval_interval = 2000, 500
+    start_sampler_iteration, start_critic_iteration, end_critic_iteration = 300, 1300, 1500
     learning_rate = 3e-3
