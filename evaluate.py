@@ -33,12 +33,8 @@ from errors import InputError, run
 from judge import Judge
 from metrics import describe, mean_error, words_of
 
-# decoder and order of the grid -> what they set in the decoder
-DECODERS = {
-    'naive': dict(use_sampler=False),
-    'wavefront': dict(),
-    'corrected': dict(corrections=4),    # the wavefront redoes its own worst tokens after each pass
-}
+DECODERS = ('naive', 'wavefront', 'corrected')    # corrected: the wavefront redoes its own worst tokens after each pass
+# order of the grid -> what it sets in the decoder
 ORDERS = {
     'random': dict(order='random'),                                                    # ancestral sampling of MDLM
     'confidence': dict(order='confidence', revise=False),                              # MaskGIT: kept once, kept for good
@@ -63,17 +59,19 @@ class Cell:
     start: float           # of the ratio schedule
     end: float
     temperature: float
+    corrections: int
 
     @property
     def key(self):
-        return f'{self.decoder} {self.order} {self.passes} passes, ratios {self.start:.2f} to {self.end:.2f}, temperature {self.temperature:g}'
+        return (f'{self.decoder} {self.order} {self.passes} passes, ratios {self.start:.2f} to {self.end:.2f}, '
+                f'temperature {self.temperature:g}, corrections {self.corrections}')
 
     def settings(self, seed):
-        return Decoder(ratios=tuple(linear_ratios(self.passes, self.start, self.end)), temperature=self.temperature, seed=seed,
-                       **DECODERS[self.decoder], **ORDERS[self.order])
+        return Decoder(use_sampler=self.decoder != 'naive', ratios=tuple(linear_ratios(self.passes, self.start, self.end)),
+                       temperature=self.temperature, corrections=self.corrections, seed=seed, **ORDERS[self.order])
 
 
-def grid(decoders, orders, passes, temperatures):
+def grid(decoders, orders, passes, temperatures, corrections=4):
     """Every cell that differs from the others in what it does: one pass has no order and no schedule."""
     cells = []
     for decoder, order, n, temperature in itertools.product(decoders, orders, passes, temperatures):
@@ -85,7 +83,8 @@ def grid(decoders, orders, passes, temperatures):
             schedules = []
         if n == 1:
             schedules = schedules[:1]
-        cells += [Cell(decoder, order, n, start, end, temperature) for start, end in schedules]
+        redone = corrections if decoder == 'corrected' else 0
+        cells += [Cell(decoder, order, n, start, end, temperature, redone) for start, end in schedules]
     return cells
 
 
@@ -97,6 +96,8 @@ def arguments():
     add('--judge', help='a sequence scorer, for one more column')
     add('--out-dir', default='out-evaluation', help='where evaluation.json and the plots go')
     add('--quick', action='store_true', help='a small grid: minutes on a laptop')
+    add('--decoders', default=None, help=f'some of {",".join(DECODERS)}')
+    add('--corrections', type=int, default=4, help='of the corrected decoder, after each pass')
     add('--orders', default=None, help=f'some of {",".join(ORDERS)}')
     add('--passes', default=None, help='numbers of trunk passes (default: 1 to 64)')
     add('--temperatures', default=None, help='temperatures (default: 0.4, 0.6, 0.8 and 1)')
@@ -207,7 +208,7 @@ class Evaluation:
         todo = [cell for cell in cells if cell.key not in self.result['cells']]
         with tqdm(total=sum(c.passes for c in todo), unit='pass', disable=not progress) as bar:
             if todo:    # the first call of a process is slow; it is nobody's
-                self.decode(Cell(todo[0].decoder, todo[0].order, 1, 0.0, 0.0, 1.0))
+                self.decode(Cell(todo[0].decoder, todo[0].order, 1, 0.0, 0.0, 1.0, 0))
             for cell in todo:
                 bar.set_description(cell.key)
                 x, seconds, passes, waves = self.decode(cell)
@@ -281,8 +282,8 @@ def table(result, lines):
     out += [row(name, entry) for name, entry in result['reference'].items()]
     for decoder in DECODERS:
         for cell in lines.get(decoder, []):
-            out.append(row(f'{decoder}, {cell["passes"]} passes ({cell["order"]}, {cell["start"]:.2f} to {cell["end"]:.2f}, '
-                           f'temperature {cell["temperature"]:g})', cell))
+            out.append(row(f'{decoder}, {cell["passes"]} pass{"es" if cell["passes"] > 1 else ""} ({cell["order"]}, {cell["start"]:.2f} to '
+                           f'{cell["end"]:.2f}, temperature {cell["temperature"]:g})', cell))
     return '\n'.join(out)
 
 
@@ -318,6 +319,7 @@ def peer(result):
 
 def main():
     args = arguments()
+    decoders = listed(args.decoders, str, 'decoders', DECODERS) if args.decoders else DECODERS
     orders = listed(args.orders, str, 'orders', ORDERS) if args.orders else tuple(ORDERS)
     if args.quick:
         passes, temperatures = (1, 4, 16), (0.6, 1.0)
@@ -326,6 +328,8 @@ def main():
         passes, temperatures = PASSES, TEMPERATURES
     passes = listed(args.passes, int, 'passes') if args.passes else passes
     temperatures = listed(args.temperatures, float, 'temperatures') if args.temperatures else temperatures
+    if args.corrections < 1:
+        raise InputError(f'--corrections is {args.corrections}, wanted at least 1')
     if args.num_samples < 2:
         raise InputError(f'--num-samples is {args.num_samples}, wanted at least 2')
     evaluation = Evaluation(args)
@@ -333,8 +337,14 @@ def main():
         if args.orders and 'critic' in orders:
             raise InputError(f'{args.checkpoint!r} has no critic head, which the order critic needs')
         orders = tuple(order for order in orders if order != 'critic')
-    decoders = ('naive',) if evaluation.model.sampler_head is None else tuple(DECODERS)
-    cells = grid(decoders, orders, passes, temperatures)
+    if evaluation.model.sampler_head is None:
+        if args.decoders and decoders != ('naive',):
+            raise InputError(f'{args.checkpoint!r} has no sampler head, which --decoders {args.decoders} need')
+        decoders = ('naive',)
+    cells = grid(decoders, orders, passes, temperatures, args.corrections)
+    if not cells:
+        raise InputError(f'nothing to measure: --decoders {",".join(decoders)} with --orders {",".join(orders)}; corrected wants '
+                         f'{" or ".join(CORRECTED_ORDERS)}')
     evaluation.references(temperatures)
     evaluation.run(cells, progress=not args.no_progress and sys.stderr.isatty())
 

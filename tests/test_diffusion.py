@@ -120,6 +120,26 @@ def test_critic_is_trained_on_what_it_scores():
     assert losses['placed'].tolist() == [1.0] * 48 + [0.0] * 48 and losses['critic'] > 0
 
 
+def test_the_sampler_head_practises_corrections_and_first_passes():
+    model = tiny_model()
+    x0 = torch.randint(0, 11, (8, 24), generator=torch.Generator().manual_seed(0))
+    xt, mask = diffusion.mask_exactly(x0, torch.full((8,), 12), model.mask_id, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        batch = diffusion.read(model, model, x0, xt, mask)
+        blank = model(torch.full((1, 24), model.mask_id))[0]
+        *plain, around = diffusion.sampler_examples(model, batch, 0, 1, 8, practise=False)
+        *more, around_more = diffusion.sampler_examples(model, batch, 0, 1, 8, practise=True)
+    n = len(around)
+    assert n == 8 * 12 and all(torch.equal(a, b[:n]) for a, b in zip(plain, more))
+    before, after = (around == model.mask_id).int(), (around_more[:n] == model.mask_id).int()    # unknown neighbours
+    rows = mask.nonzero()[:, 0]
+    assert torch.equal(after[rows % 2 == 0], before[rows % 2 == 0]) and after.sum() < before.sum()
+    hidden, lm_logits, targets = (part[n:] for part in more)
+    assert torch.equal(targets, x0[1::4].flatten())
+    torch.testing.assert_close(hidden, blank.repeat(2, 1))
+    torch.testing.assert_close(lm_logits, model.lm_head(blank).repeat(2, 1))
+
+
 def test_wrongness_by_hand():
     prob = torch.tensor([1.0, 0.5, 0.5, 0.0]).double()
     critic = torch.tensor([-100.0, 0.0, 100.0, 0.0])    # chance of being placed 0, 1/2, 1, 1/2

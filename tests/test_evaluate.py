@@ -204,7 +204,8 @@ def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
 
 @pytest.mark.parametrize('flags, models_of, message', [
     (['--num-samples', '0'], {}, '--num-samples is 0'), (['--orders', 'sideways'], {}, "'sideways'"), (['--passes', '1,x'], {}, "'1,x'"),
-    (['--passes', '0'], {}, '--passes has 0'), ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
+    (['--decoders', 'oracle'], {}, "'oracle'"), (['--decoders', 'corrected', '--orders', 'random'], {}, 'nothing to measure'),
+    (['--corrections', '0'], {}, '--corrections is 0'), (['--passes', '0'], {}, '--passes has 0'), ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
     ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'), (['--judge', 'nowhere.pt'], {}, 'no checkpoint')])
 def test_bad_input(evaluate, flags, models_of, message):
     status, _, err = evaluate(*flags, **models_of)
