@@ -10,7 +10,7 @@ offline_dataset = 'pydoc_char'
 dropout = 0.1
 max_iters = 3000
 
-# without a GPU: ten minutes on two cores
+# without a GPU: a quarter of an hour on two cores
 if not torch.cuda.is_available():
     n_layer, n_head, n_embd, dropout = 4, 3, 192, 0.0
     batch_size, max_iters, eval_rows = 16, 2000, 216
