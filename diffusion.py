@@ -93,7 +93,8 @@ def sampler_examples(model, batch, seed, step, n_rows, practise):
     examples = [(batch.hidden[rows, cols], batch.lm_logits[turn], batch.targets[turn], around(batch.x0, redo, rows, cols, range(B)))]
 
     if practise:    # the first pass: rows that know nothing look all the same to the trunk, so many cost little
-        x0 = batch.x0[step % 4::4]
+        every = min(4, B)
+        x0 = batch.x0[step % every::every]
         hidden = model(torch.full_like(x0[:1], model.mask_id))[0]
         rows, cols = torch.ones_like(x0).nonzero(as_tuple=True)
         examples.append((hidden[cols], model.lm_head(hidden)[cols], x0.flatten(), around(x0, x0 >= 0, rows, cols, range(B, B + len(x0)))))

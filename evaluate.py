@@ -241,6 +241,10 @@ def frontier(cells, floor):
     return {decoder: [at[n] for n in sorted(at)] for decoder, at in best.items()}
 
 
+def counted(n):
+    return f'{n} trunk pass' + ('es' if n > 1 else '')
+
+
 def sentence(lines):
     """How many passes and seconds the sampler saves against the best naive decoder."""
     helped = [c for decoder, cells in lines.items() if decoder != 'naive' for c in cells]
@@ -250,11 +254,11 @@ def sentence(lines):
     as_good = [c for c in helped if c['nll'][0] <= naive['nll'][0]]
     if not as_good:
         best = min(helped, key=lambda c: c['nll'][0])
-        return (f'The wavefront does not reach the best naive decoder ({naive["nll"][0]:.2f} nats, {naive["passes"]} passes): '
-                f'its best is {best["nll"][0]:.2f} nats with {best["passes"]} passes.')
+        return (f'The wavefront does not reach the best naive decoder ({naive["nll"][0]:.2f} nats, {counted(naive["passes"])}): '
+                f'its best is {best["nll"][0]:.2f} nats with {counted(best["passes"])}.')
     first = min(as_good, key=lambda c: (c['passes'], c['seconds']))
-    return (f'At matched diversity the wavefront needs {first["passes"]} trunk passes and {first["seconds"]:.1f} s for {first["nll"][0]:.2f} nats; '
-            f'the best naive decoder found ({naive["order"]}) needs {naive["passes"]} passes and {naive["seconds"]:.1f} s for {naive["nll"][0]:.2f}: '
+    return (f'At matched diversity the wavefront needs {counted(first["passes"])} and {first["seconds"]:.1f} s for '
+            f'{first["nll"][0]:.2f} nats; the best naive decoder found ({naive["order"]}) needs {counted(naive["passes"])} and {naive["seconds"]:.1f} s for {naive["nll"][0]:.2f}: '
             f'{naive["passes"] / first["passes"]:.0f} times the passes and {naive["seconds"] / first["seconds"]:.1f} times the seconds.')
 
 
@@ -282,8 +286,8 @@ def table(result, lines):
     out += [row(name, entry) for name, entry in result['reference'].items()]
     for decoder in DECODERS:
         for cell in lines.get(decoder, []):
-            out.append(row(f'{decoder}, {cell["passes"]} pass{"es" if cell["passes"] > 1 else ""} ({cell["order"]}, {cell["start"]:.2f} to '
-                           f'{cell["end"]:.2f}, temperature {cell["temperature"]:g})', cell))
+            out.append(row(f'{decoder}, {counted(cell["passes"])} ({cell["order"]}, {cell["start"]:.2f} to {cell["end"]:.2f}, '
+                           f'temperature {cell["temperature"]:g})', cell))
     return '\n'.join(out)
 
 

@@ -140,6 +140,16 @@ def test_the_sampler_head_practises_corrections_and_first_passes():
     torch.testing.assert_close(lm_logits, model.lm_head(blank).repeat(2, 1))
 
 
+@pytest.mark.parametrize('B', [1, 2, 5])
+def test_heads_learn_from_batches_of_any_size(B):
+    model = tiny_model()
+    x0 = torch.randint(0, 11, (B, 24), generator=torch.Generator().manual_seed(0))
+    xt, mask = diffusion.mask_exactly(x0, torch.full((B,), 12), model.mask_id, torch.Generator().manual_seed(1))
+    for step in range(4):
+        losses = diffusion.head_losses(model, diffusion.read(model, model, x0, xt, mask), 0, step, sampler_rows=8, critic_rows=8)
+        assert losses['sampler'].isfinite() and losses['critic'].isfinite()
+
+
 def test_wrongness_by_hand():
     prob = torch.tensor([1.0, 0.5, 0.5, 0.0]).double()
     critic = torch.tensor([-100.0, 0.0, 100.0, 0.0])    # chance of being placed 0, 1/2, 1, 1/2

@@ -185,7 +185,7 @@ def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
     status, out, err = evaluate(*flags)
     assert status == 0, err
     assert re.search(r'validation NELBO \d\.\d+ ±\d\.\d+ nats per token, \d\.\d+ ±\d\.\d+ bits per character', out)
-    assert '| real text |' in out and '| autoregressive, temperature 1 |' in out and '| wavefront, 2 passes (' in out
+    assert '| real text |' in out and '| autoregressive, temperature 1 |' in out and '| wavefront, 2 trunk passes (' in out
     assert 'wavefront' in out.splitlines()[-1]
     result = json.loads((tmp_path / 'evaluation.json').read_text())
     assert len(result['cells']) == 2 * (1 + 1 + 2 + 2) + 2 * (1 + 2) and all(0 <= c['judge'][0] <= 1 for c in result['cells'].values())
