@@ -267,11 +267,13 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
         hidden = torch.where(mask[..., None], model(xt), hidden)
         lm_logits = model.lm_head(hidden)
 
-        redo, placed, made = mask, torch.zeros_like(x), 0
+        placed, made = torch.zeros_like(x), 0
         for j in range(1 + corrections):
             # 2. fill what is masked; then redo the worst of it, which costs the trunk nothing
-            before, stream = x, (CORRECTIONS, i * corrections + j - 1) if j else (TOKENS, i)
-            u = uniform(decoder.seed, stream[0], rows, stream[1], positions, x.device)
+            redo = worst(wrong, mask, (decoder.correction_ratio * mask.sum(1)).round()) if j else mask
+            stream, step = (CORRECTIONS, i * corrections + j - 1) if j else (TOKENS, i)
+            u = uniform(decoder.seed, stream, rows, step, positions, x.device)
+            before = x
             x, wave = fills.fill(torch.where(redo, model.mask_id, x), redo, hidden, lm_logits, u, decoder.temperature, decoder.top_p)
             placed = torch.where(redo, made + wave, placed)
             made = made + wave.max() + 1
@@ -284,7 +286,6 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
             if critic is not None:
                 flaw[at] = exact(critic(hidden, x, at, model.wte.weight))
                 wrong[at] = wrongness(prob, flaw[at]) if decoder.order == 'critic' else wrong[at]
-            redo = worst(wrong, mask, (decoder.correction_ratio * mask.sum(1)).round())
 
         waves = waves + made
 

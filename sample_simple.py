@@ -25,6 +25,7 @@ from judge import Judge
 from noise import uniform
 
 SCHEMA = 1    # of the file that --save writes
+FEW = 8       # fewer iterations than this have no time to begin again, and more to correct
 
 
 def arguments():
@@ -86,11 +87,11 @@ def check(args):
                              f'found --iterations {args.iterations}')
     else:
         args.iterations = args.iterations or 15
-        if args.start_ratio is None:    # few passes have no time to begin again
-            args.start_ratio = 0.95 if args.iterations >= 8 else 0.4
+        if args.start_ratio is None:
+            args.start_ratio = 0.4 if args.iterations < FEW else 0.95
         args.masking_ratios = linear_ratios(args.iterations, args.start_ratio, args.end_ratio)
     if args.corrections is None:
-        args.corrections = 1 if len(args.masking_ratios) >= 7 else 4
+        args.corrections = 4 if len(args.masking_ratios) + 1 < FEW else 1
     if args.save and not os.path.isdir(os.path.dirname(args.save) or '.'):
         raise InputError(f'--save {args.save!r}: no folder {os.path.dirname(args.save)!r}')
     if args.seed == -1:
