@@ -43,11 +43,11 @@ ORDERS = {
     'remask-noise': dict(order='confidence', revise=True, randomness_strength=1.0),
     'critic': dict(order='critic', revise=True),
 }
-LONG, SHORT = (0.95, 0.05), (0.4, 0.05)    # share remasked after the first and before the last pass
-SCHEDULES = {'confidence': [LONG], 'noise': [LONG], 'remask': [LONG, SHORT], 'remask-noise': [LONG, SHORT], 'critic': [LONG, SHORT]}
+LONG, MIDDLE, SHORT = (0.95, 0.05), (0.7, 0.1), (0.4, 0.01)    # share remasked after the first and before the last pass
+SCHEDULES = {'confidence': [LONG], 'noise': [LONG], 'remask': [LONG, SHORT], 'remask-noise': [LONG, SHORT], 'critic': [LONG, MIDDLE]}
 CORRECTED_ORDERS = ('remask', 'critic')    # the others keep what corrections would redo
 PASSES = (1, 2, 4, 8, 16, 32, 64)
-TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
+TEMPERATURES = ((0.4, 0.4), (0.8, 0.8), (1.0, 1.0), (0.8, 0.1))    # of the first and the last pass
 COLUMNS = ('nll', 'entropy', 'distinct4', 'spelt', 'unknown_chars', 'judge')
 
 
@@ -58,23 +58,25 @@ class Cell:
     passes: int
     start: float           # of the ratio schedule
     end: float
-    temperature: float
+    temperature: float     # of the first pass
+    end_temperature: float    # of the last
     corrections: int
 
     @property
     def key(self):
         return (f'{self.decoder} {self.order} {self.passes} passes, ratios {self.start:.2f} to {self.end:.2f}, '
-                f'temperature {self.temperature:g}, corrections {self.corrections}')
+                f'temperature {heat_text(self.temperature, self.end_temperature)}, corrections {self.corrections}')
 
     def settings(self, seed):
         return Decoder(use_sampler=self.decoder != 'naive', ratios=tuple(linear_ratios(self.passes, self.start, self.end)),
-                       temperature=self.temperature, corrections=self.corrections, seed=seed, **ORDERS[self.order])
+                       temperature=self.temperature, end_temperature=self.end_temperature, corrections=self.corrections, seed=seed,
+                       **ORDERS[self.order])
 
 
-def grid(decoders, orders, passes, temperatures, corrections=4):
+def grid(decoders, orders, passes, temperatures, corrections=8):
     """Every cell that differs from the others in what it does: one pass has no order and no schedule."""
     cells = []
-    for decoder, order, n, temperature in itertools.product(decoders, orders, passes, temperatures):
+    for decoder, order, n, (temperature, last) in itertools.product(decoders, orders, passes, temperatures):
         # random order keeps as many tokens in each pass: from (n - 1) / n to 1 / n
         schedules = [(1 - 1 / n, 1 / n)] if order == 'random' else SCHEDULES[order]
         if decoder == 'corrected':
@@ -84,8 +86,8 @@ def grid(decoders, orders, passes, temperatures, corrections=4):
         if n == 1:
             schedules = schedules[:1]
         redone = corrections if decoder == 'corrected' else 0
-        cells += [Cell(decoder, order, n, start, end, temperature, redone) for start, end in schedules]
-    return cells
+        cells += [Cell(decoder, order, n, start, end, temperature, last if n > 1 else temperature, redone) for start, end in schedules]
+    return list(dict.fromkeys(cells))
 
 
 def arguments():
@@ -97,10 +99,10 @@ def arguments():
     add('--out-dir', default='out-evaluation', help='where evaluation.json and the plots go')
     add('--quick', action='store_true', help='a small grid: minutes on a laptop')
     add('--decoders', default=None, help=f'some of {",".join(DECODERS)}')
-    add('--corrections', type=int, default=4, help='of the corrected decoder, after each pass')
+    add('--corrections', type=int, default=8, help='of the corrected decoder, after each pass')
     add('--orders', default=None, help=f'some of {",".join(ORDERS)}')
     add('--passes', default=None, help='numbers of trunk passes (default: 1 to 64)')
-    add('--temperatures', default=None, help='temperatures (default: 0.4, 0.6, 0.8 and 1)')
+    add('--temperatures', default=None, help='temperatures, 0.8-0.1 falls from the first pass to the last (default: 0.4,0.8,1,0.8-0.1)')
     add('--num-samples', type=int, default=32, help='samples in a cell')
     add('--entropy-slack', type=float, default=0.4, help='floor of diversity: nats of unigram entropy below real text')
     add('--distinct-slack', type=float, default=0.5, help='floor of diversity: share of distinct 4-grams lost against real text')
@@ -112,15 +114,25 @@ def arguments():
     return parser.parse_args()
 
 
+def heat(text):
+    """'0.8' -> (0.8, 0.8), '0.8-0.1' -> (0.8, 0.1): temperatures of the first and the last pass."""
+    start, _, end = text.partition('-')
+    return float(start), float(end or start)
+
+
+def heat_text(start, end):
+    return f'{start:g}' + (f' to {end:g}' if end != start else '')
+
+
 def listed(text, kind, name, allowed=None):
     """'1,2' -> (1, 2). InputError names what cannot be read or is not allowed."""
     try:
         values = tuple(kind(part) for part in text.split(','))
     except ValueError:
         raise InputError(f'--{name} is {text!r}, wanted numbers such as 1,4,16') from None
-    bad = [v for v in values if (v not in allowed if allowed else not v > 0)]
+    bad = [part for part, v in zip(text.split(','), values) if (v not in allowed if allowed else not (min(v) if kind is heat else v) > 0)]
     if bad:
-        raise InputError(f'--{name} has {bad[0]!r}, wanted ' + (f'some of {", ".join(allowed)}' if allowed else 'numbers above 0'))
+        raise InputError(f'--{name} has {bad[0]}, wanted ' + (f'some of {", ".join(allowed)}' if allowed else 'numbers above 0'))
     return values
 
 
@@ -208,7 +220,7 @@ class Evaluation:
         todo = [cell for cell in cells if cell.key not in self.result['cells']]
         with tqdm(total=sum(c.passes for c in todo), unit='pass', disable=not progress) as bar:
             if todo:    # the first call of a process is slow; it is nobody's
-                self.decode(Cell(todo[0].decoder, todo[0].order, 1, 0.0, 0.0, 1.0, 0))
+                self.decode(Cell(todo[0].decoder, todo[0].order, 1, 0.0, 0.0, 1.0, 1.0, 0))
             for cell in todo:
                 bar.set_description(cell.key)
                 x, seconds, passes, waves = self.decode(cell)
@@ -287,7 +299,7 @@ def table(result, lines):
     for decoder in DECODERS:
         for cell in lines.get(decoder, []):
             out.append(row(f'{decoder}, {counted(cell["passes"])} ({cell["order"]}, {cell["start"]:.2f} to {cell["end"]:.2f}, '
-                           f'temperature {cell["temperature"]:g})', cell))
+                           f'temperature {heat_text(cell["temperature"], cell["end_temperature"])})', cell))
     return '\n'.join(out)
 
 
@@ -326,12 +338,12 @@ def main():
     decoders = listed(args.decoders, str, 'decoders', DECODERS) if args.decoders else DECODERS
     orders = listed(args.orders, str, 'orders', ORDERS) if args.orders else tuple(ORDERS)
     if args.quick:
-        passes, temperatures = (1, 4, 16), (0.6, 1.0)
+        passes, temperatures = (1, 4, 16), ((0.4, 0.4), (0.8, 0.1))
         orders = orders if args.orders else ('remask-noise', 'critic')
     else:
         passes, temperatures = PASSES, TEMPERATURES
     passes = listed(args.passes, int, 'passes') if args.passes else passes
-    temperatures = listed(args.temperatures, float, 'temperatures') if args.temperatures else temperatures
+    temperatures = listed(args.temperatures, heat, 'temperatures') if args.temperatures else temperatures
     if args.corrections < 1:
         raise InputError(f'--corrections is {args.corrections}, wanted at least 1')
     if args.num_samples < 2:
@@ -349,7 +361,7 @@ def main():
     if not cells:
         raise InputError(f'nothing to measure: --decoders {",".join(decoders)} with --orders {",".join(orders)}; corrected wants '
                          f'{" or ".join(CORRECTED_ORDERS)}')
-    evaluation.references(temperatures)
+    evaluation.references(sorted({first for first, _ in temperatures}))
     evaluation.run(cells, progress=not args.no_progress and sys.stderr.isatty())
 
     # report

@@ -25,7 +25,9 @@ from judge import Judge
 from noise import uniform
 
 SCHEMA = 1    # of the file that --save writes
-FEW = 8       # fewer iterations than this have no time to begin again, and more to correct
+# defaults below 8 iterations, which have less time to begin again and more to correct, and from 8 on (docs/evaluation.md)
+FEW = {'start_ratio': 0.7, 'end_ratio': 0.1, 'corrections': 8}
+MANY = {'start_ratio': 0.95, 'end_ratio': 0.05, 'corrections': 1}
 
 
 def arguments():
@@ -38,18 +40,19 @@ def arguments():
     add('--batch-size', type=int, default=64, help='rows decoded at a time')
     add('--iterations', type=int, help='trunk passes over a block (default: 15)')
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
+    add('--end-temperature', type=float, help='that of the last pass, reached evenly (default: XX)')
     add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
     add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio', help='remask a share, or what is above --threshold')
-    add('--start-ratio', type=float, help='share remasked after the first pass (default: 0.95, below 8 iterations 0.4)')
-    add('--end-ratio', type=float, default=0.05, help='share remasked before the last pass')
+    add('--start-ratio', type=float, help='share remasked after the first pass (default: 0.95, below 8 iterations 0.7)')
+    add('--end-ratio', type=float, help='share remasked before the last pass (default: 0.05, below 8 iterations 0.1)')
     add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
     add('--threshold', type=float, default=0.5, help='wrongness above which a token is remasked')
     add('--order', choices=('confidence', 'critic', 'random'),
         help='what is remasked first (default: critic where there is one and the sampler, whose fills it knows)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
     add('--corrections', type=int, help='times that the sampler head redoes its worst tokens after each pass, without the trunk '
-        '(default: 1, below 8 iterations 4)')
-    add('--correction-ratio', type=float, default=0.4, help='their share of what the pass filled')
+        '(default: 1, below 8 iterations 8)')
+    add('--correction-ratio', type=float, default=0.6, help='share of what the pass filled that the first of them redoes; the share falls evenly')
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
     add('--seed-text', default='', help='text that every sample contains')
@@ -73,7 +76,7 @@ def ratios(text):
 def check(args):
     """InputError for a value out of range; settles what depends on another flag."""
     for name, low, high in (('num_samples', 1, None), ('sequence_length', 0, None), ('batch_size', 1, None), ('iterations', 1, None),
-                            ('temperature', 0, None), ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1),
+                            ('temperature', 0, None), ('end_temperature', 0, None), ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1),
                             ('threshold', 1e-6, 1), ('corrections', 0, None), ('correction_ratio', 0, 1),
                             ('randomness_strength', 0, None), ('seed', -1, None)):
         value = getattr(args, name)
@@ -82,16 +85,15 @@ def check(args):
     if args.masking_ratios is not None:
         if not all(0 <= r <= 1 for r in args.masking_ratios):
             raise InputError(f'--masking-ratios has {args.masking_ratios}, wanted numbers in [0, 1]')
-        if args.iterations not in (None, len(args.masking_ratios) + 1):
-            raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {len(args.masking_ratios) + 1} iterations, '
-                             f'found --iterations {args.iterations}')
-    else:
-        args.iterations = args.iterations or 15
-        if args.start_ratio is None:
-            args.start_ratio = 0.4 if args.iterations < FEW else 0.95
+        found, args.iterations = args.iterations, len(args.masking_ratios) + 1
+        if found not in (None, args.iterations):
+            raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {args.iterations} iterations, found --iterations {found}')
+    args.iterations = args.iterations or 15
+    for name, value in (FEW if args.iterations < 8 else MANY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.masking_ratios is None:
         args.masking_ratios = linear_ratios(args.iterations, args.start_ratio, args.end_ratio)
-    if args.corrections is None:
-        args.corrections = 4 if len(args.masking_ratios) + 1 < FEW else 1
     if args.save and not os.path.isdir(os.path.dirname(args.save) or '.'):
         raise InputError(f'--save {args.save!r}: no folder {os.path.dirname(args.save)!r}')
     if args.seed == -1:
@@ -173,7 +175,7 @@ def main():
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
     metric = args.quality_metric or ('none' if model.critic_head is None else 'node')
     decoder = Decoder(use_sampler=use_sampler, order=args.order, revise=not args.no_revise, ratios=tuple(args.masking_ratios),
-                      threshold=args.threshold if args.schedule_mode == 'threshold' else 0.0, temperature=args.temperature,
+                      threshold=args.threshold if args.schedule_mode == 'threshold' else 0.0, temperature=args.temperature, end_temperature=args.end_temperature,
                       top_p=args.top_p, randomness_strength=args.randomness_strength, corrections=args.corrections,
                       correction_ratio=args.correction_ratio, seed=args.seed)
     length = args.sequence_length or model.config.block_size

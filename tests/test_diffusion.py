@@ -137,7 +137,7 @@ def test_the_sampler_head_practises_corrections_and_first_passes():
     hidden, lm_logits, targets = (part[n:] for part in more)
     assert torch.equal(targets, x0[1::2].flatten())
     torch.testing.assert_close(hidden, blank.repeat(4, 1))
-    torch.testing.assert_close(lm_logits, model.lm_head(blank).repeat(2, 1))
+    torch.testing.assert_close(lm_logits, model.lm_head(blank).repeat(4, 1))
 
 
 @pytest.mark.parametrize('B', [1, 2, 5])
