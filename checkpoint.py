@@ -69,8 +69,8 @@ def load_model(path):
 def want_generator(model, path):
     """InputError unless model generates by masked diffusion."""
     if (model.config.attention_type, model.config.model_mode) != ('bidirectional', 'language_model'):
-        kind = 'judge' if model.config.model_mode == 'sequence_scorer' else 'autoregressive model'
-        raise InputError(f'{path!r} is a {kind}, wanted a masked-diffusion model (config/train_char_diffusion_sampler.py); '
+        kind = 'a judge' if model.config.model_mode == 'sequence_scorer' else 'an autoregressive model'
+        raise InputError(f'{path!r} is {kind}, wanted a masked-diffusion model (config/train_char_diffusion_sampler.py); '
                          f'python evaluate.py samples from an autoregressive one')
 
 

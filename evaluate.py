@@ -40,7 +40,7 @@ ORDERS = {
     'confidence': dict(order='confidence', revise=False),                              # MaskGIT: kept once, kept for good
     'noise': dict(order='confidence', revise=False, randomness_strength=1.0),          # and annealed Gumbel noise on it
     'remask': dict(order='confidence', revise=True),                                   # kept tokens compete again
-    'remask-noise': dict(order='confidence', revise=True, randomness_strength=1.0),
+    'remask-noise': dict(order='confidence', revise=True, randomness_strength=2.0),
     'critic': dict(order='critic', revise=True),
 }
 LONG, MIDDLE, SHORT = (0.95, 0.05), (0.7, 0.1), (0.4, 0.01)    # share remasked after the first and before the last pass

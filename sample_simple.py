@@ -27,7 +27,7 @@ from noise import uniform
 SCHEMA = 1    # of the file that --save writes
 # defaults below 8 iterations, which have less time to begin again and more to correct, and from 8 on (docs/evaluation.md)
 FEW = {'start_ratio': 0.7, 'end_ratio': 0.1, 'corrections': 8}
-MANY = {'start_ratio': 0.95, 'end_ratio': 0.05, 'corrections': 1}
+MANY = {'start_ratio': 0.95, 'end_ratio': 0.05, 'corrections': 0}
 
 
 def arguments():
@@ -40,7 +40,7 @@ def arguments():
     add('--batch-size', type=int, default=64, help='rows decoded at a time')
     add('--iterations', type=int, help='trunk passes over a block (default: 15)')
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
-    add('--end-temperature', type=float, help='that of the last pass, reached evenly (default: XX)')
+    add('--end-temperature', type=float, help='that of the last pass, reached evenly (default: the same, below 8 iterations 0.1)')
     add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
     add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio', help='remask a share, or what is above --threshold')
     add('--start-ratio', type=float, help='share remasked after the first pass (default: 0.95, below 8 iterations 0.7)')
@@ -51,7 +51,7 @@ def arguments():
         help='what is remasked first (default: critic where there is one and the sampler, whose fills it knows)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
     add('--corrections', type=int, help='times that the sampler head redoes its worst tokens after each pass, without the trunk '
-        '(default: 1, below 8 iterations 8)')
+        '(default: 0, below 8 iterations 8)')
     add('--correction-ratio', type=float, default=0.6, help='share of what the pass filled that the first of them redoes; the share falls evenly')
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
@@ -89,7 +89,9 @@ def check(args):
         if found not in (None, args.iterations):
             raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {args.iterations} iterations, found --iterations {found}')
     args.iterations = args.iterations or 15
-    for name, value in (FEW if args.iterations < 8 else MANY).items():
+    few = args.iterations < 8
+    defaults = (FEW if few else MANY) | {'end_temperature': min(0.1, args.temperature) if few else args.temperature}
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.masking_ratios is None:
@@ -175,9 +177,9 @@ def main():
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
     metric = args.quality_metric or ('none' if model.critic_head is None else 'node')
     decoder = Decoder(use_sampler=use_sampler, order=args.order, revise=not args.no_revise, ratios=tuple(args.masking_ratios),
-                      threshold=args.threshold if args.schedule_mode == 'threshold' else 0.0, temperature=args.temperature, end_temperature=args.end_temperature,
-                      top_p=args.top_p, randomness_strength=args.randomness_strength, corrections=args.corrections,
-                      correction_ratio=args.correction_ratio, seed=args.seed)
+                      threshold=args.threshold if args.schedule_mode == 'threshold' else 0.0, temperature=args.temperature,
+                      end_temperature=args.end_temperature, top_p=args.top_p, randomness_strength=args.randomness_strength,
+                      corrections=args.corrections, correction_ratio=args.correction_ratio, seed=args.seed)
     length = args.sequence_length or model.config.block_size
     x, free = prompt_rows(args, tokenizer, length)
     print(f'{path}: iteration {saved["iter_num"]}, trained on {saved["corpus"]["name"]}; decoding '

@@ -403,6 +403,7 @@ def main():
             report({'iter': it, 'loss': total, 'ms': ms} | values)
             clock, since = time.time(), it + 1
     if world > 1:
+        dist.barrier()    # the first may still be saving, and gloo aborts when its peers leave
         dist.destroy_process_group()
 
 

@@ -145,7 +145,7 @@ def test_measures_by_hand():
 
 
 def test_grid_has_one_cell_for_each_thing_that_differs():
-    cells = grid(('naive', 'wavefront', 'corrected'), ('random', 'confidence', 'remask'), (1, 4), (1.0,))
+    cells = grid(('naive', 'wavefront', 'corrected'), ('random', 'confidence', 'remask'), (1, 4), ((1.0, 1.0),))
     assert len({c.key for c in cells}) == len(cells) == 2 * (1 + 1 + 1 + 2) + (1 + 2)
     assert linear_ratios(4, 0.75, 0.25) == pytest.approx([0.75, 0.5, 0.25])
 
@@ -180,7 +180,7 @@ def evaluate(script, models, toy_data, tmp_path):
 
 
 def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
-    flags = ['--passes', '1,2', '--orders', 'random,remask,critic', '--temperatures', '1', '--judge', models / 'judge' / 'ckpt.pt',
+    flags = ['--passes', '1,2', '--orders', 'random,remask,critic', '--temperatures', '1,1-0.2', '--judge', models / 'judge' / 'ckpt.pt',
              '--entropy-slack', 9, '--distinct-slack', 1]
     status, out, err = evaluate(*flags)
     assert status == 0, err
@@ -188,7 +188,7 @@ def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
     assert '| real text |' in out and '| autoregressive, temperature 1 |' in out and '| wavefront, 2 trunk passes (' in out
     assert 'wavefront' in out.splitlines()[-1]
     result = json.loads((tmp_path / 'evaluation.json').read_text())
-    assert len(result['cells']) == 2 * (1 + 1 + 2 + 2) + 2 * (1 + 2) and all(0 <= c['judge'][0] <= 1 for c in result['cells'].values())
+    assert len(result['cells']) == 2 * (1 + 2 * (1 + 2 + 2)) + 2 * (1 + 2 * 2) and all(0 <= c['judge'][0] <= 1 for c in result['cells'].values())
     assert (tmp_path / 'frontier.png').stat().st_size > 5000 and (tmp_path / 'frontier.svg').exists()
 
     # what is finished is kept: a grid that goes on, or is wider, measures the rest alone
@@ -203,9 +203,10 @@ def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
 
 
 @pytest.mark.parametrize('flags, models_of, message', [
-    (['--num-samples', '0'], {}, '--num-samples is 0'), (['--orders', 'sideways'], {}, "'sideways'"), (['--passes', '1,x'], {}, "'1,x'"),
-    (['--decoders', 'oracle'], {}, "'oracle'"), (['--decoders', 'corrected', '--orders', 'random'], {}, 'nothing to measure'),
-    (['--corrections', '0'], {}, '--corrections is 0'), (['--passes', '0'], {}, '--passes has 0'), ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
+    (['--num-samples', '0'], {}, '--num-samples is 0'), (['--orders', 'sideways'], {}, '--orders has sideways'), (['--passes', '1,x'], {}, "'1,x'"),
+    (['--decoders', 'oracle'], {}, '--decoders has oracle'), (['--decoders', 'corrected', '--orders', 'random'], {}, 'nothing to measure'),
+    (['--corrections', '0'], {}, '--corrections is 0'), (['--temperatures', '0.8-x'], {}, "'0.8-x'"),
+    (['--temperatures', '1,0.8-0'], {}, '--temperatures has 0.8-0'), (['--passes', '0'], {}, '--passes has 0'), ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
     ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'), (['--judge', 'nowhere.pt'], {}, 'no checkpoint')])
 def test_bad_input(evaluate, flags, models_of, message):
     status, _, err = evaluate(*flags, **models_of)

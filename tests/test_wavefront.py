@@ -185,6 +185,30 @@ def test_corrections_redo_a_share_of_what_a_pass_filled_and_cost_no_pass(order):
     assert all((step['wave'][step['xt'] != model.mask_id] == 0).all() for step in steps)
 
 
+def test_temperature_goes_evenly_from_the_first_pass_to_the_last():
+    heats = []
+    plain = Wavefront.fill
+    model = tiny_model()
+    x = torch.full((3, 24), model.mask_id)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wavefront, 'fill', lambda self, *args: heats.append(args[-2]) or plain(self, *args))
+        decode_block(model, x, x == model.mask_id, Decoder(temperature=0.8, end_temperature=0.2, ratios=(0.5, 0.25), corrections=1), range(3), range(24))
+    assert heats == pytest.approx([0.8, 0.8, 0.5, 0.5, 0.2, 0.2])
+    assert Decoder(temperature=0.7, ratios=(0.5,)).temperature_of(1) == 0.7 == Decoder(temperature=0.7, end_temperature=0.1, ratios=()).temperature_of(0)
+
+
+def test_rows_that_know_nothing_begin_at_temperature_one():
+    """Cool first places would begin every row alike; only temperature 0 means the likeliest."""
+    model = tiny_model()
+    x = torch.full((64, 24), model.mask_id)
+    firsts = []
+    for temperature in (1.0, 1e-3, 0.0):
+        steps = []
+        decode_block(model, x, x == model.mask_id, Decoder(temperature=temperature, ratios=()), range(64), range(24), steps.append)
+        firsts.append(steps[0]['x'][steps[0]['wave'] == 0])
+    assert torch.equal(firsts[0], firsts[1]) and firsts[1].unique().numel() > 1 == firsts[2].unique().numel()
+
+
 def test_naive_decoding_has_no_corrections():
     model = tiny_model()
     x = torch.full((3, 24), model.mask_id)
