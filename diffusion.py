@@ -221,7 +221,8 @@ class Decoder:
         """Temperature of pass i, counted from 0."""
         if self.end_temperature is None or self.passes == 1:
             return self.temperature
-        return self.temperature + (self.end_temperature - self.temperature) * i / (self.passes - 1)
+        done = i / (self.passes - 1)
+        return (1 - done) * self.temperature + done * self.end_temperature    # 0 at the end is 0, not a rounding below
 
 
 def linear_ratios(iterations, start, end):

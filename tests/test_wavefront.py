@@ -194,6 +194,7 @@ def test_temperature_goes_evenly_from_the_first_pass_to_the_last():
         patch.setattr(Wavefront, 'fill', lambda self, *args: heats.append(args[-2]) or plain(self, *args))
         decode_block(model, x, x == model.mask_id, Decoder(temperature=0.8, end_temperature=0.2, ratios=(0.5, 0.25), corrections=1), range(3), range(24))
     assert heats == pytest.approx([0.8, 0.8, 0.5, 0.5, 0.2, 0.2])
+    assert Decoder(temperature=0.2, end_temperature=0.0, ratios=(0.5,) * 3).temperature_of(3) == 0.0    # 0.2 - 0.2 * 3 / 3 is below it
     assert Decoder(temperature=0.7, ratios=(0.5,)).temperature_of(1) == 0.7 == Decoder(temperature=0.7, end_temperature=0.1, ratios=()).temperature_of(0)
 
 
