@@ -46,6 +46,7 @@ ORDERS = {
 LONG, MIDDLE, SHORT = (0.95, 0.05), (0.7, 0.1), (0.4, 0.01)    # share remasked after the first and before the last pass
 SCHEDULES = {'confidence': [LONG], 'noise': [LONG], 'remask': [LONG, SHORT], 'remask-noise': [LONG, SHORT], 'critic': [LONG, MIDDLE]}
 CORRECTED_ORDERS = ('remask', 'critic')    # the others keep what corrections would redo
+CORRECTED_PASSES = 16    # at most: with more, the trunk has passes enough to correct
 PASSES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = ((0.4, 0.4), (0.8, 0.8), (1.0, 1.0), (0.8, 0.1))    # of the first and the last pass
 COLUMNS = ('nll', 'entropy', 'distinct4', 'spelt', 'unknown_chars', 'judge')
@@ -73,14 +74,14 @@ class Cell:
                        **ORDERS[self.order])
 
 
-def grid(decoders, orders, passes, temperatures, corrections=8):
+def grid(decoders, orders, passes, temperatures, corrections=24):
     """Every cell that differs from the others in what it does: one pass has no order and no schedule."""
     cells = []
     for decoder, order, n, (temperature, last) in itertools.product(decoders, orders, passes, temperatures):
         # random order keeps as many tokens in each pass: from (n - 1) / n to 1 / n
         schedules = [(1 - 1 / n, 1 / n)] if order == 'random' else SCHEDULES[order]
         if decoder == 'corrected':
-            schedules = schedules if order in CORRECTED_ORDERS else []
+            schedules = schedules if order in CORRECTED_ORDERS and n <= CORRECTED_PASSES else []
         elif n == 1 and order != orders[0]:
             schedules = []
         if n == 1:
@@ -99,7 +100,7 @@ def arguments():
     add('--out-dir', default='out-evaluation', help='where evaluation.json and the plots go')
     add('--quick', action='store_true', help='a small grid: minutes on a laptop')
     add('--decoders', default=None, help=f'some of {",".join(DECODERS)}')
-    add('--corrections', type=int, default=8, help='of the corrected decoder, after each pass')
+    add('--corrections', type=int, default=24, help='of the corrected decoder, after each pass')
     add('--orders', default=None, help=f'some of {",".join(ORDERS)}')
     add('--passes', default=None, help='numbers of trunk passes (default: 1 to 64)')
     add('--temperatures', default=None, help='temperatures, 0.8-0.1 falls from the first pass to the last (default: 0.4,0.8,1,0.8-0.1)')

@@ -26,7 +26,7 @@ from noise import uniform
 
 SCHEMA = 1    # of the file that --save writes
 # defaults below 8 iterations, which have less time to begin again and more to correct, and from 8 on (docs/evaluation.md)
-FEW = {'start_ratio': 0.7, 'end_ratio': 0.1, 'corrections': 8}
+FEW = {'start_ratio': 0.7, 'end_ratio': 0.1, 'corrections': 24}
 MANY = {'start_ratio': 0.95, 'end_ratio': 0.05, 'corrections': 0}
 
 
@@ -51,7 +51,7 @@ def arguments():
         help='what is remasked first (default: critic where there is one and the sampler, whose fills it knows)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
     add('--corrections', type=int, help='times that the sampler head redoes its worst tokens after each pass, without the trunk '
-        '(default: 0, below 8 iterations 8)')
+        '(default: 0, below 8 iterations 24)')
     add('--correction-ratio', type=float, default=0.6, help='share of what the pass filled that the first of them redoes; the share falls evenly')
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
