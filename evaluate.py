@@ -117,8 +117,10 @@ def arguments():
 
 def heat(text):
     """'0.8' -> (0.8, 0.8), '0.8-0.1' -> (0.8, 0.1): temperatures of the first and the last pass."""
-    start, _, end = text.partition('-')
-    return float(start), float(end or start)
+    values = [float(part) for part in text.split('-')]
+    if len(values) > 2:
+        raise ValueError
+    return values[0], values[-1]
 
 
 def heat_text(start, end):

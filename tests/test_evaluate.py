@@ -205,7 +205,7 @@ def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
 @pytest.mark.parametrize('flags, models_of, message', [
     (['--num-samples', '0'], {}, '--num-samples is 0'), (['--orders', 'sideways'], {}, '--orders has sideways'), (['--passes', '1,x'], {}, "'1,x'"),
     (['--decoders', 'oracle'], {}, '--decoders has oracle'), (['--decoders', 'corrected', '--orders', 'random'], {}, 'nothing to measure'),
-    (['--corrections', '0'], {}, '--corrections is 0'), (['--temperatures', '0.8-x'], {}, "'0.8-x'"),
+    (['--corrections', '0'], {}, '--corrections is 0'), (['--temperatures', '0.8-'], {}, "'0.8-'"), (['--temperatures', '1-0.8-x'], {}, "'1-0.8-x'"),
     (['--temperatures', '1,0.8-0'], {}, '--temperatures has 0.8-0'), (['--passes', '0'], {}, '--passes has 0'), ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
     ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'), (['--judge', 'nowhere.pt'], {}, 'no checkpoint')])
 def test_bad_input(evaluate, flags, models_of, message):
