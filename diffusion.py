@@ -278,9 +278,11 @@ def decode_block(model, x, free, decoder, rows, positions, on_pass=None):
         placed, made = torch.zeros_like(x), 0
         for j in range(1 + corrections):
             # 2. fill what is masked; then redo the worst of it, which costs the trunk nothing
-            share = decoder.correction_ratio * (corrections + 1 - j) / max(1, corrections)
-            redo = worst(wrong, mask, (share * mask.sum(1)).round()) if j else mask
-            stream, step = (CORRECTIONS, i * corrections + j - 1) if j else (TOKENS, i)
+            redo, stream, step = mask, TOKENS, i
+            if j:
+                share = decoder.correction_ratio * (corrections + 1 - j) / corrections
+                redo = worst(wrong, mask, (share * mask.sum(1)).round())
+                stream, step = CORRECTIONS, i * corrections + j - 1
             u = uniform(decoder.seed, stream, rows, step, positions, x.device)
             before = x
             x, wave = fills.fill(torch.where(redo, model.mask_id, x), redo, hidden, lm_logits, u, temperature, decoder.top_p)
