@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test clean
 
 demo: .venv/ready
-	$(BIN)/python train.py config/train_char_diffusion_sampler.py
+	test -f out-char-diffusion/ckpt.pt || $(BIN)/python train.py config/train_char_diffusion_sampler.py
 	$(BIN)/python sample_simple.py --num-samples 3 --disable-sampler --no-progress
 	$(BIN)/python sample_simple.py --num-samples 3 --no-progress
 

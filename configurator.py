@@ -72,3 +72,30 @@ def checked(defaults, name, value, where):
     if type(value) is not wanted:
         raise InputError(f'setting {name!r} in {where} is {value!r}, wanted {wanted.__name__} like {defaults[name]!r}')
     return value
+
+
+def check_training(config):
+    """InputError for settings of train.py that are out of range or cannot go together."""
+    c = config
+    if c.n_embd % c.n_head or (c.n_embd // c.n_head) % 2:
+        raise InputError(f'n_embd={c.n_embd} with n_head={c.n_head}: wanted an even number of channels for each head')
+    for name, allowed in (('attention_type', ('bidirectional', 'causal')), ('init_from', ('scratch', 'resume')),
+                          ('model_mode', ('language_model', 'sequence_scorer'))):
+        if getattr(c, name) not in allowed:
+            raise InputError(f'{name}={getattr(c, name)!r}, wanted {" or ".join(allowed)}')
+    heads = c.add_sampler_head or c.add_critic_head
+    if heads and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
+        raise InputError(f'the heads need attention_type=bidirectional and model_mode=language_model, found '
+                         f'{c.attention_type} and {c.model_mode}')
+    if c.freeze_trunk and not heads:
+        raise InputError('freeze_trunk=True without a head trains nothing; wanted add_sampler_head or add_critic_head')
+    if (c.model_mode == 'sequence_scorer') != bool(c.generator_checkpoint):
+        raise InputError(f'model_mode={c.model_mode} with generator_checkpoint={c.generator_checkpoint!r}: a sequence '
+                         f'scorer needs the checkpoint of a generator, such as out-char-diffusion/ckpt.pt, and nothing '
+                         f'else takes one')
+    for name in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_rows',
+                 'log_interval', 'n_layer', 'sampler_context', 'sampler_rows', 'critic_rows'):
+        if getattr(c, name) < 1:
+            raise InputError(f'{name}={getattr(c, name)}, wanted at least 1')
+    if not 0 <= c.sampler_min_neighbors_ratio <= 1:
+        raise InputError(f'sampler_min_neighbors_ratio={c.sampler_min_neighbors_ratio}, wanted 0 to 1')

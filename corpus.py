@@ -80,7 +80,8 @@ def read_text(path):
     except OSError as error:
         raise InputError(f'cannot read {path!r}: {error.strerror}; wanted a UTF-8 text file') from error
     except UnicodeDecodeError as error:
-        raise InputError(f'{path!r} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv -t utf-8') from error
+        raise InputError(f'{path!r} is not UTF-8 text (byte {error.start}); convert it, e.g. with '
+                         f'iconv -t utf-8') from error
     if '\0' in text:
         raise InputError(f'{path!r} holds zero bytes: a binary file, wanted UTF-8 text')
     return text

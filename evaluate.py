@@ -1,16 +1,17 @@
-"""Says what a checkpoint and its decoders are worth: a table, a plot, evaluation.json.
+"""Measures what the samples of each decoder are worth: evaluation.json, and a report with a table and two figures.
 
     python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --quick
-    python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --judge out-judge/ckpt.pt
+    python evaluate.py --judge out-char-diffusion/judge_model.pt --out-dir out-evaluation
 
-Every decoder (naive; wavefront; wavefront that corrects itself), order, number of trunk passes, schedule and temperature makes the same number of samples, which a causal
-model that never saw samples scores. Decoders are compared at matched diversity: of a decoder's cells with so many
-passes the one with the best NLL counts whose unigram entropy and distinct 4-grams are above a floor.
-Finished cells are kept in evaluation.json: an interrupted grid goes on where it was.
+Every decoder writes the same number of samples with several numbers of forward passes, schedules, strengths of noise
+and temperatures. Two evaluators that share no weights score them: a causal model and a Kneser-Ney n-gram model. The
+causal model writes samples too, as the baseline. report.py compares decoders at real text's diversity. What is measured
+is kept in evaluation.json: an interrupted run goes on where it was, and later runs add to it.
 """
+import environment    # before torch
+
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -18,374 +19,365 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
 
 import autoregressive
+import decoding
 import diffusion
-from checkpoint import load_model, want_generator, want_vocabulary
+import likelihood_table
+import report
+from checkpoint import load_model, require_generator, require_same_vocabulary
 from corpus import DATA_DIR, Corpus, write_atomically
-from device import autocast, pick_device, pick_dtype
-from diffusion import Decoder, linear_ratios
+from decoding import DecoderConfig, linear_ratios
+from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
 from judge import Judge
-from metrics import describe, mean_error, words_of
+from metrics import Reference, describe
+from ngram import NGram
+from plans import ANY_PASSES
 
-DECODERS = ('naive', 'wavefront', 'corrected')    # corrected: the wavefront redoes its own worst tokens after each pass
-# order of the grid -> what it sets in the decoder
-ORDERS = {
-    'random': dict(order='random'),                                                    # ancestral sampling of MDLM
-    'confidence': dict(order='confidence', revise=False),                              # MaskGIT: kept once, kept for good
-    'noise': dict(order='confidence', revise=False, randomness_strength=1.0),          # and annealed Gumbel noise on it
-    'remask': dict(order='confidence', revise=True),                                   # kept tokens compete again
-    'remask-noise': dict(order='confidence', revise=True, randomness_strength=2.0),
-    'critic': dict(order='critic', revise=True),
+BATCH = 32    # samples decoded at a time
+EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
+# what decides the results besides the files; report.py only presents them
+SOURCES = ('autoregressive', 'critic', 'decoding', 'diffusion', 'evaluate', 'judge', 'layers', 'metrics', 'model',
+           'ngram', 'noise', 'plans', 'sampler')
+
+
+# -----------------------------------------------------------------------------
+# what is measured
+
+@dataclass(frozen=True)
+class Recipe:
+    """A decoder and the choices it is given: each gets its best schedule, noise and temperature."""
+    config: dict                      # fields of DecoderConfig
+    fewest: int = 2                   # forward passes: with one, several decoders are the same
+    most: int = 64                    # forward passes, unless more are asked for
+    schedules: tuple = ('even',)      # or plans; the one known to be best first, which is the one of --quick
+    noises: tuple = (0.0,)            # strengths of the noise on the order, likewise
+
+
+RECIPES = {
+    # without the sampler head
+    'naive-random': Recipe(dict(use_sampler=False, order='random'), fewest=1),             # ancestral, MDLM's
+    'naive-confidence': Recipe(dict(use_sampler=False, order='confidence', revise=False),  # MaskGIT's
+                               schedules=('cosine', '0.95-0.05'), noises=(6.0, 2.0)),
+    'naive-remask': Recipe(dict(use_sampler=False, order='confidence', revise=True),       # as ReMDM: kept ones compete
+                           schedules=('0.4-0.01', '0.95-0.05'), noises=(2.0, 6.0)),
+    'naive-planned': Recipe(dict(use_sampler=False), schedules=('interleaved',)),
+    # with it
+    'wavefront': Recipe(dict(order='confidence'), 1, 16, ('0.7-0.05',), (2.0,)),
+    'wavefront-planned': Recipe({}, 2, 16, ('interleaved', 'blocks', 'spans')),
+    'wavefront-critic': Recipe(dict(order='critic'), 2, 16, ('0.7-0.05',), (2.0, 4.0, 0.0)),
+    'wavefront-corrected': Recipe(dict(order='critic', corrections=8), 1, 16, ('0.7-0.1',), (2.0,)),
 }
-LONG, MIDDLE, SHORT = (0.95, 0.05), (0.7, 0.1), (0.4, 0.01)    # share remasked after the first and before the last pass
-SCHEDULES = {'confidence': [LONG], 'noise': [LONG], 'remask': [LONG, SHORT], 'remask-noise': [LONG, SHORT], 'critic': [LONG, MIDDLE]}
-CORRECTED_ORDERS = ('remask', 'critic')    # the others keep what corrections would redo
-CORRECTED_PASSES = 16    # at most: with more, the trunk has passes enough to correct
-PASSES = (1, 2, 4, 8, 16, 32, 64)
-TEMPERATURES = ((0.4, 0.4), (0.8, 0.8), (1.0, 1.0), (0.8, 0.1))    # of the first and the last pass
-COLUMNS = ('nll', 'entropy', 'distinct4', 'spelt', 'unknown_chars', 'judge')
+BASELINE = 'ar_baseline'    # the evaluator's own samples; a forward pass for each token
+PASSES = (1, 4, 8, 16, 64)
+TEMPERATURES = (0.7, 0.85, 1.0, 1.2, 1.4)
+QUICK = {'decoders': ('naive-planned', 'naive-remask', 'wavefront', 'wavefront-critic'), 'passes': (1, 4, 16),
+         'temperatures': (0.8, 1.0, 1.2)}
 
 
 @dataclass(frozen=True)
-class Cell:
-    decoder: str           # a name in DECODERS
-    order: str             # a name in ORDERS
+class Setting:
+    decoder: str           # a name in RECIPES, or BASELINE
     passes: int
-    start: float           # of the ratio schedule
-    end: float
-    temperature: float     # of the first pass
-    end_temperature: float    # of the last
-    corrections: int
+    schedule: str
+    noise: float
+    temperature: float
+
+    @property
+    def curve(self):
+        """Name of the curve over temperature that this setting lies on."""
+        noise = f', noise {self.noise:g}' if self.noise else ''
+        return f'{self.decoder}, {self.passes} passes' + (f', {self.schedule}{noise}' if self.schedule else '')
 
     @property
     def key(self):
-        return (f'{self.decoder} {self.order} {self.passes} passes, ratios {self.start:.2f} to {self.end:.2f}, '
-                f'temperature {heat_text(self.temperature, self.end_temperature)}, corrections {self.corrections}')
+        return f'{self.curve}, temperature {self.temperature:g}'
 
-    def settings(self, seed):
-        return Decoder(use_sampler=self.decoder != 'naive', ratios=tuple(linear_ratios(self.passes, self.start, self.end)),
-                       temperature=self.temperature, end_temperature=self.end_temperature, corrections=self.corrections, seed=seed,
-                       **ORDERS[self.order])
-
-
-def grid(decoders, orders, passes, temperatures, corrections=24):
-    """Every cell that differs from the others in what it does: one pass has no order and no schedule."""
-    cells = []
-    for decoder, order, n, (temperature, last) in itertools.product(decoders, orders, passes, temperatures):
-        # random order keeps as many tokens in each pass: from (n - 1) / n to 1 / n
-        schedules = [(1 - 1 / n, 1 / n)] if order == 'random' else SCHEDULES[order]
-        if decoder == 'corrected':
-            schedules = schedules if order in CORRECTED_ORDERS and n <= CORRECTED_PASSES else []
-        elif n == 1 and order != orders[0]:
-            schedules = []
-        if n == 1:
-            schedules = schedules[:1]
-        redone = corrections if decoder == 'corrected' else 0
-        cells += [Cell(decoder, order, n, start, end, temperature, last if n > 1 else temperature, redone) for start, end in schedules]
-    return list(dict.fromkeys(cells))
+    def decoder_config(self, seed):
+        if self.schedule in ANY_PASSES:
+            passes = dict(plan=self.schedule, plan_passes=self.passes, mask_ratios=())
+        else:
+            passes = dict(mask_ratios=tuple(mask_ratios(self.schedule, self.passes)))
+        return DecoderConfig(temperature=self.temperature, randomness_strength=self.noise, seed=seed, **passes,
+                             **RECIPES[self.decoder].config)
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add('--checkpoint', default='out-char-diffusion/ckpt.pt', help='the masked-diffusion model')
-    add('--evaluator', default='out-char-ar/ckpt.pt', help='the causal model that scores samples and is the peer')
-    add('--judge', help='a sequence scorer, for one more column')
-    add('--out-dir', default='out-evaluation', help='where evaluation.json and the plots go')
-    add('--quick', action='store_true', help='a small grid: minutes on a laptop')
-    add('--decoders', default=None, help=f'some of {",".join(DECODERS)}')
-    add('--corrections', type=int, default=24, help='of the corrected decoder, after each pass')
-    add('--orders', default=None, help=f'some of {",".join(ORDERS)}')
-    add('--passes', default=None, help='numbers of trunk passes (default: 1 to 64)')
-    add('--temperatures', default=None, help='temperatures, 0.8-0.1 falls from the first pass to the last (default: 0.4,0.8,1,0.8-0.1)')
-    add('--num-samples', type=int, default=32, help='samples in a cell')
-    add('--entropy-slack', type=float, default=0.4, help='floor of diversity: nats of unigram entropy below real text')
-    add('--distinct-slack', type=float, default=0.5, help='floor of diversity: share of distinct 4-grams lost against real text')
-    add('--data-dir', default=DATA_DIR, help='where corpora are kept')
-    add('--seed', type=int, default=1337)
-    add('--device', default='auto')
-    add('--dtype', default='auto')
-    add('--no-progress', action='store_true', help='no bar')
-    return parser.parse_args()
+def mask_ratios(schedule, passes):
+    """Share remasked after each pass but the last.
+
+    'even' fills as many positions in each pass, 'cosine' is MaskGIT's, '0.7-0.1' falls linearly from one to the other.
+    """
+    if schedule == 'even':
+        return [1 - (i + 1) / passes for i in range(passes - 1)]
+    if schedule == 'cosine':
+        return [math.cos(math.pi / 2 * (i + 1) / passes) for i in range(passes - 1)]
+    start, end = map(float, schedule.split('-'))
+    return linear_ratios(passes, start, end)
 
 
-def heat(text):
-    """'0.8' -> (0.8, 0.8), '0.8-0.1' -> (0.8, 0.1): temperatures of the first and the last pass."""
-    values = [float(part) for part in text.split('-')]
-    if len(values) > 2:
-        raise ValueError
-    return values[0], values[-1]
+def list_settings(decoders, passes, temperatures, length, quick=False):
+    """Every setting that differs from the others in what it does, the baseline's first.
+
+    passes: () for those of PASSES that a recipe wants. InputError if that leaves a decoder without any.
+    """
+    curves = [(BASELINE, length - 1, '', 0.0)]
+    for name in decoders:
+        recipe = RECIPES[name]
+        chosen = [n for n in passes or PASSES if recipe.fewest <= n and (passes or n <= recipe.most)]
+        if not chosen:
+            raise InputError(f'--passes {joined(passes)} leaves {name} nothing to do, wanted {recipe.fewest} or more')
+        for n in chosen:
+            schedules, noises = (recipe.schedules, recipe.noises) if n > 1 else (('even',), (0.0,))
+            first = 1 if quick else None
+            curves += [(name, n, schedule, noise) for schedule in schedules[:first] for noise in noises[:first]]
+    return [Setting(*curve, temperature) for curve in curves for temperature in temperatures]
 
 
-def heat_text(start, end):
-    return f'{start:g}' + (f' to {end:g}' if end != start else '')
-
-
-def listed(text, kind, name, allowed=None):
-    """'1,2' -> (1, 2). InputError names what cannot be read or is not allowed."""
-    try:
-        values = tuple(kind(part) for part in text.split(','))
-    except ValueError:
-        raise InputError(f'--{name} is {text!r}, wanted numbers such as 1,4,16') from None
-    bad = [part for part, v in zip(text.split(','), values) if (v not in allowed if allowed else not (min(v) if kind is heat else v) > 0)]
-    if bad:
-        raise InputError(f'--{name} has {bad[0]}, wanted ' + (f'some of {", ".join(allowed)}' if allowed else 'numbers above 0'))
-    return values
-
+# -----------------------------------------------------------------------------
+# measuring
 
 class Evaluation:
-    """The models, the reference texts and the cells measured so far."""
+    """The models, the real text and what was measured so far."""
 
     def __init__(self, args):
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
         self.seed, self.n = args.seed, args.num_samples
-        self.model, self.tokenizer, saved = load_model(args.checkpoint)
-        want_generator(self.model, args.checkpoint)
-        self.evaluator, _, peer = load_model(args.evaluator)
-        if (self.evaluator.config.attention_type, self.evaluator.config.model_mode) != ('causal', 'language_model'):
-            raise InputError(f'the evaluator {args.evaluator!r} is not causal; python train.py config/train_char_ar.py trains one')
-        want_vocabulary(peer['corpus'], args.evaluator, saved['corpus'])
+        self.load_models(args)
         self.length = min(self.model.config.block_size, self.evaluator.config.block_size + 1)
+        self.open_results(args)
+        # real text, and as much again for it to be compared with
+        both = self.corpus.spread_rows('val', 2 * self.n, self.length)
+        self.real = torch.from_numpy(both[::2].copy()).to(self.device)
+        train = self.tokenizer.decode(self.corpus.splits['train'].tolist())
+        self.reference = Reference.of(train, [self.tokenizer.decode(ids) for ids in both[1::2].tolist()])
+        self.ngram = NGram(train)
+
+    def load_models(self, args):
+        """The generator, the evaluator, the judge if there is one, and their corpus. InputError if they do not fit."""
+        self.model, self.tokenizer, saved = load_model(args.checkpoint)
+        require_generator(self.model, args.checkpoint)
+        self.evaluator, _, other = load_model(args.evaluator)
+        config = self.evaluator.config
+        if (config.attention_type, config.model_mode) != ('causal', 'language_model'):
+            raise InputError(f'the evaluator {args.evaluator!r} is not causal; '
+                             f'python train.py config/train_char_ar.py trains one')
+        require_same_vocabulary(other['corpus'], args.evaluator, saved['corpus'])
         self.judge = None
         if args.judge:
             model, _, other = load_model(args.judge)
-            want_vocabulary(other['corpus'], args.judge, saved['corpus'])
+            require_same_vocabulary(other['corpus'], args.judge, saved['corpus'])
             self.judge = Judge(model.to(self.device), args.judge, other['corpus'])
         self.corpus = Corpus(saved['corpus']['name'], args.data_dir)
-        want_vocabulary(saved['corpus'], args.checkpoint, self.corpus.meta)
-        self.model, self.evaluator = self.model.to(self.device), self.evaluator.to(self.device)
-        self.vocabulary = set(words_of(self.tokenizer.decode(self.corpus.splits['train'].tolist())))
-        files = {name: digest(path) for name, path in (('checkpoint', args.checkpoint), ('evaluator', args.evaluator), ('judge', args.judge)) if path}
-        self.identity = {'files': files, 'seed': args.seed, 'num_samples': self.n, 'length': self.length, 'dtype': self.dtype}
+        require_same_vocabulary(saved['corpus'], args.checkpoint, self.corpus.meta)
+        weights = torch.float64 if self.dtype == 'float64' else torch.float32
+        self.model, self.evaluator = (model.to(self.device, weights) for model in (self.model, self.evaluator))
+
+    def open_results(self, args):
+        """Results of the same identity go on; InputError for those of another, unless they are to be overwritten."""
         self.path = os.path.join(args.out_dir, 'evaluation.json')
-        self.result = {'identity': self.identity, 'reference': {}, 'cells': {}}
+        hardware = f'{platform.machine()}, {os.cpu_count()} cores'
+        if self.device.startswith('cuda'):
+            hardware = torch.cuda.get_device_name(self.device)
+        identity = {'checkpoint': digest(args.checkpoint), 'evaluator': digest(args.evaluator),
+                    'judge': digest(args.judge) if args.judge else 'none', 'corpus': self.corpus.meta['sha256'],
+                    'code': code_version(), 'seed': self.seed, 'num_samples': self.n, 'length': self.length,
+                    'device': self.device, 'dtype': self.dtype, 'hardware': hardware, 'torch': torch.__version__}
+        self.result = {'identity': identity, 'reference': {}, 'settings': {}}
         try:
             os.makedirs(args.out_dir, exist_ok=True)
         except OSError as error:
             raise InputError(f'cannot write --out-dir {args.out_dir!r}: {error.strerror}') from error
-        if os.path.exists(self.path):
-            with open(self.path) as f:
-                before = json.load(f)
-            if before.get('identity') == self.identity:
-                self.result = before
-        self.result |= {'command': shlex.join(['python', *sys.argv]), 'checkpoint': args.checkpoint, 'corpus': saved['corpus']['name'],
-                        'hardware': f'{platform.machine()}, {os.cpu_count()} cores, {self.device}', 'torch': torch.__version__}
+        if os.path.exists(self.path) and not args.overwrite:
+            self.result = same_identity(self.path, identity)
+        self.result |= {'command': shlex.join(['python', *sys.argv]), 'checkpoint': args.checkpoint,
+                        'corpus': self.corpus.meta['name'], 'batch': self.batch}
+
+    @property
+    def batch(self):
+        return min(BATCH, self.n)
 
     def save(self):
-        write_atomically(self.path, json.dumps(self.result, indent=1).encode())
+        write_atomically(self.path, json.dumps(self.result).encode())
 
     def measure(self, x):
-        """Every measure of samples x (B, T) ids, {name: [value, standard error]}."""
-        with autocast(self.device, self.dtype), torch.no_grad():
-            nll = torch.cat([autoregressive.nll(self.evaluator, self.evaluator, part).mean(1) for part in x.split(64)]).tolist()
-            scores = [s for part in x.split(64) for s in self.judge.score(part).tolist()] if self.judge else []
+        """Every measure of samples x (N, T) ids, as metrics.describe gives them."""
         texts = [self.tokenizer.decode(ids) for ids in x.tolist()]
-        return describe(texts, nll, self.vocabulary) | ({'judge': list(mean_error(scores))} if scores else {})
+        with autocast(self.device, self.dtype), torch.no_grad():
+            nll = [autoregressive.nll(self.evaluator, self.evaluator, part).mean(1) for part in x.split(64)]
+            scores = {'nll': torch.cat(nll).tolist(), 'nll_ngram': [self.ngram.nll(text) for text in texts]}
+            if self.judge:
+                scores['judge'] = torch.cat([self.judge.score(part) for part in x.split(64)]).tolist()
+        return describe(texts, scores, self.reference)
 
-    def references(self, temperatures):
-        """Real validation text, the autoregressive peer's samples, and the checkpoint's bound."""
-        found = self.result['reference']
-        real = torch.from_numpy(self.corpus.spread_rows('val', self.n, self.length)).to(self.device)
-        if 'real text' not in found:
-            found['real text'] = self.measure(real)
-            rows = torch.from_numpy(self.corpus.spread_rows('val', 432, self.model.config.block_size)).to(self.device)
-            with autocast(self.device, self.dtype):
-                bound = diffusion.validate(self.model, rows, 64, self.seed, self.model.sampler_head is not None, self.model.critic_head is not None)
-            bits = 1 / math.log(2) / self.corpus.chars_per_token
-            self.result['validation'] = bound | {'bits_per_character': bound['nelbo'] * bits, 'bits_error': bound['nelbo_error'] * bits}
-        for temperature in temperatures:
-            name = f'autoregressive, temperature {temperature:g}'
-            if name not in found:
-                clock = time.time()
-                with autocast(self.device, self.dtype):
-                    x = autoregressive.generate(self.evaluator, real[:, :1], self.length, range(self.n), self.seed, temperature)
-                found[name] = self.measure(x) | {'seconds': time.time() - clock, 'temperature': temperature}
+    def measure_reference(self):
+        """Real validation text, and the checkpoint's likelihood bound."""
+        if 'validation' in self.result:
+            return
+        self.result['reference']['real text'] = self.measure(self.real)
+        sequences = self.corpus.spread_rows('val', EVAL_SEQUENCES, self.model.config.block_size)
+        with autocast(self.device, self.dtype):
+            bound = diffusion.validate(self.model, torch.from_numpy(sequences).to(self.device), 64, self.seed)
+        bits = 1 / math.log(2) / self.corpus.chars_per_token
+        bound |= {'bits_per_character': bound['nelbo'] * bits, 'bits_error': bound['nelbo_error'] * bits}
+        self.result['validation'] = bound
         self.save()
 
-    def decode(self, cell):
-        """Samples of a cell and the seconds they took."""
-        x = torch.full((self.n, self.length), self.tokenizer.mask_id, device=self.device)
-        clock = time.time()
+    def decode(self, setting, sequences):
+        """Samples with these numbers, (B, T) ids, and the seconds they took."""
+        B = len(sequences)
+        self.synchronize()
+        start = time.perf_counter()
         with autocast(self.device, self.dtype):
-            x, _, passes, waves = diffusion.generate(self.model, x, x == self.tokenizer.mask_id, cell.settings(self.seed), range(self.n))
+            if setting.decoder == BASELINE:
+                first = self.real[list(sequences), :1]
+                x = autoregressive.generate(self.evaluator, first, self.length, sequences, self.seed,
+                                            setting.temperature)
+            else:
+                x = torch.full((B, self.length), self.tokenizer.mask_id, device=self.device)
+                free = torch.ones_like(x, dtype=torch.bool)
+                x = decoding.generate(self.model, x, free, setting.decoder_config(self.seed), sequences).x
+        self.synchronize()
+        return x, time.perf_counter() - start
+
+    def synchronize(self):
         if self.device.startswith('cuda'):
             torch.cuda.synchronize()
-        return x, time.time() - clock, passes, waves
 
-    def run(self, cells, progress):
-        todo = [cell for cell in cells if cell.key not in self.result['cells']]
-        with tqdm(total=sum(c.passes for c in todo), unit='pass', disable=not progress) as bar:
-            if todo:    # the first call of a process is slow; it is nobody's
-                self.decode(Cell(todo[0].decoder, todo[0].order, 1, 0.0, 0.0, 1.0, 1.0, 0))
-            for cell in todo:
-                bar.set_description(cell.key)
-                x, seconds, passes, waves = self.decode(cell)
-                self.result['cells'][cell.key] = vars(cell) | self.measure(x) | {
-                    'seconds': seconds, 'passes_made': passes, 'waves': waves, 'example': self.tokenizer.decode(x[0].tolist())}
-                self.save()
-                bar.update(cell.passes)
+    def run(self, settings, progress):
+        """Measure the settings that are not measured yet, and keep each as soon as it is."""
+        todo = [setting for setting in settings if setting.key not in self.result['settings']]
+        bar = tqdm(todo, unit='setting', disable=not progress)
+        for decoder in dict.fromkeys(setting.decoder for setting in todo):    # the first call of a kind is slow
+            self.decode(next(s for s in todo if s.decoder == decoder), range(1))
+        for setting in bar:
+            bar.set_description(setting.key)
+            batches = [range(i, min(i + self.batch, self.n)) for i in range(0, self.n, self.batch)]
+            decoded = [self.decode(setting, sequences) for sequences in batches]
+            x = torch.cat([x for x, _ in decoded])
+            self.result['settings'][setting.key] = asdict(setting) | {
+                'curve': setting.curve, 'seconds_batch': decoded[0][1], 'seconds_1': self.decode(setting, range(1))[1],
+                'measures': self.measure(x), 'example': self.tokenizer.decode(x[0].tolist())}
+            self.save()
 
 
 def digest(path):
     with open(path, 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest()
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
+def code_version():
+    """Digest of the source files that decide what is measured."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    joined = ''.join(digest(os.path.join(here, f'{name}.py')) for name in SOURCES)
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+
+def same_identity(path, identity):
+    """The results at path. InputError names what they were measured with, where that is not this identity."""
+    try:
+        with open(path) as f:
+            result = json.load(f)
+        before = result['identity']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path!r} cannot be read as results; give another --out-dir, or --overwrite') from error
+    differing = [f'{name} {before.get(name)}, now {now}' for name, now in identity.items() if before.get(name) != now]
+    if differing:
+        raise InputError(f'{path!r} holds results of another identity ({"; ".join(differing)}); '
+                         f'give another --out-dir, or --overwrite to replace them')
+    return result
 
 
 # -----------------------------------------------------------------------------
-# the frontier
+# command line
 
-def admitted(entry, floor):
-    """Is an entry as diverse as the floor {'entropy': ..., 'distinct4': ...} asks?"""
-    return all(entry[name][0] >= least for name, least in floor.items())
-
-
-def frontier(cells, floor):
-    """{decoder: [best admitted cell by NLL with each number of passes]}, in order of passes."""
-    best = {}
-    for cell in filter(lambda c: admitted(c, floor), cells):
-        at = best.setdefault(cell['decoder'], {})
-        if cell['passes'] not in at or cell['nll'][0] < at[cell['passes']]['nll'][0]:
-            at[cell['passes']] = cell
-    return {decoder: [at[n] for n in sorted(at)] for decoder, at in best.items()}
-
-
-def counted(n):
-    return f'{n} trunk pass' + ('es' if n > 1 else '')
-
-
-def sentence(lines):
-    """How many passes and seconds the sampler saves against the best naive decoder."""
-    helped = [c for decoder, cells in lines.items() if decoder != 'naive' for c in cells]
-    if not helped or not lines.get('naive'):
-        return 'no comparison: a decoder has no samples as diverse as the floor asks, or was not run.'
-    naive = min(lines['naive'], key=lambda c: c['nll'][0])
-    as_good = [c for c in helped if c['nll'][0] <= naive['nll'][0]]
-    if not as_good:
-        best = min(helped, key=lambda c: c['nll'][0])
-        return (f'The wavefront does not reach the best naive decoder ({naive["nll"][0]:.2f} nats, {counted(naive["passes"])}): '
-                f'its best is {best["nll"][0]:.2f} nats with {counted(best["passes"])}.')
-    first = min(as_good, key=lambda c: (c['passes'], c['seconds']))
-    return (f'At matched diversity the wavefront needs {counted(first["passes"])} and {first["seconds"]:.1f} s for '
-            f'{first["nll"][0]:.2f} nats; the best naive decoder found ({naive["order"]}) needs {counted(naive["passes"])} and {naive["seconds"]:.1f} s for {naive["nll"][0]:.2f}: '
-            f'{naive["passes"] / first["passes"]:.0f} times the passes and {naive["seconds"] / first["seconds"]:.1f} times the seconds.')
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    add = parser.add_argument
+    add('--checkpoint', default='out-char-diffusion/ckpt.pt', help='the masked-diffusion model (default: %(default)s)')
+    add('--evaluator', default='out-char-ar/ckpt.pt',
+        help='the causal model that scores samples and is the baseline (default: %(default)s)')
+    add('--judge', default='', help='a judge, for one more column')
+    add('--out-dir', default='out-evaluation', help='where evaluation.json and the figures go (default: %(default)s)')
+    add('--likelihood', action='store_true', help='the exact likelihood of decoders that follow a plan, not samples')
+    add('--overwrite', action='store_true', help='replace results of other models, seeds or code in --out-dir')
+    add('--quick', action='store_true', help='fewer settings: about three minutes with a small model on two cores')
+    add('--decoders', default='', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
+    add('--passes', default='', help=f'numbers of forward passes (default: {joined(PASSES)})')
+    add('--temperatures', default='', help=f'points of each curve (default: {joined(TEMPERATURES)})')
+    add('--num-samples', type=int, default=32, help='samples of each setting (default: %(default)s)')
+    add('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/ beside this file)')
+    add('--seed', type=int, default=1337, help='of the noise (default: %(default)s)')
+    add('--device', default='auto', help='auto, cuda, mps, cpu (default: %(default)s)')
+    add('--dtype', default='auto', choices=('auto', *DTYPES), help='(default: %(default)s)')
+    add('--no-progress', action='store_true', help='no bar')
+    args = parser.parse_args()
+    chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
+    args.named = bool(args.decoders)
+    args.decoders = names(args.decoders) or chosen['decoders']
+    args.passes = numbers(args.passes, int, 'passes') or chosen['passes']
+    args.temperatures = numbers(args.temperatures, float, 'temperatures') or chosen['temperatures']
+    if args.num_samples < 2:
+        raise InputError(f'--num-samples is {args.num_samples}, wanted at least 2')
+    if args.seed < 0:
+        raise InputError(f'--seed is {args.seed}, wanted at least 0')
+    return args
 
 
-def beats(one, other):
-    """Is one as good as the other or better in likelihood, both diversities and spelling at once?"""
-    return one['nll'][0] <= other['nll'][0] and all(one[name][0] >= other[name][0] for name in ('entropy', 'distinct4', 'spelt'))
+def joined(values):
+    return ','.join(f'{value:g}' for value in values)
 
 
-def outdone(cells):
-    """The fewest passes P such that every naive cell is beaten by a wavefront cell of at most P passes, or None."""
-    waves = [c for c in cells if c['decoder'] != 'naive']
-    needed = [min((w['passes'] for w in waves if beats(w, n)), default=math.inf) for n in cells if n['decoder'] == 'naive']
-    return max(needed) if needed and max(needed) < math.inf else None
+def names(text):
+    """'a,b' -> ('a', 'b'). InputError for an unknown decoder."""
+    found = tuple(dict.fromkeys(text.split(','))) if text else ()
+    unknown = [name for name in found if name not in RECIPES]
+    if unknown:
+        raise InputError(f'--decoders has {unknown[0]}, wanted some of {", ".join(RECIPES)}')
+    return found
 
 
-def row(name, entry):
-    figures = [f'{entry[c][0]:.3f} ±{entry[c][1]:.3f}' if c in entry else '-' for c in COLUMNS]
-    return f'| {name} | ' + ' | '.join(figures) + f' | {entry["seconds"]:.1f} |' if 'seconds' in entry else f'| {name} | ' + ' | '.join(figures) + ' | - |'
+def numbers(text, kind, flag):
+    """'1,2' -> (1, 2), in order. InputError for what is no number above 0."""
+    try:
+        values = tuple(sorted({kind(part) for part in text.split(',')})) if text else ()
+    except ValueError:
+        raise InputError(f'--{flag} is {text!r}, wanted numbers such as 1,4,16') from None
+    if not all(0 < value < math.inf for value in values):
+        raise InputError(f'--{flag} is {text!r}, wanted numbers above 0')
+    return values
 
 
-def table(result, lines):
-    """The short table: references, then each decoder's frontier. Markdown."""
-    out = ['| decoder | NLL, nats | entropy, nats | distinct 4-grams | words spelt right | characters in unknown words | judge | seconds |',
-           '|---|---|---|---|---|---|---|---|']
-    out += [row(name, entry) for name, entry in result['reference'].items()]
-    for decoder in DECODERS:
-        for cell in lines.get(decoder, []):
-            out.append(row(f'{decoder}, {counted(cell["passes"])} ({cell["order"]}, {cell["start"]:.2f} to {cell["end"]:.2f}, '
-                           f'temperature {heat_text(cell["temperature"], cell["end_temperature"])})', cell))
-    return '\n'.join(out)
-
-
-def plot(result, lines, out_dir):
-    """NLL at matched diversity against trunk passes and against seconds: frontier.png and frontier.svg."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    colours = {'naive': '#b2502f', 'wavefront': '#7fb3c8', 'corrected': '#1f6f8b'}
-    for axis, name, label in ((axes[0], 'passes', 'trunk passes'), (axes[1], 'seconds', f'seconds for {result["identity"]["num_samples"]} samples')):
-        for decoder, cells in lines.items():
-            axis.errorbar([c[name] for c in cells], [c['nll'][0] for c in cells], [c['nll'][1] for c in cells], marker='o', ms=4,
-                          capsize=2, color=colours[decoder], label=decoder)
-        axis.axhline(result['reference']['real text']['nll'][0], color='black', lw=1, ls=':', label='real text')
-        axis.axhline(peer(result)['nll'][0], color='grey', lw=1, ls='--', label='autoregressive, same size')
-        axis.set(xscale='log', xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel('NLL under the evaluator, nats per token')
-    axes[0].set_xticks(PASSES, map(str, PASSES))
-    axes[0].legend()
-    figure.suptitle(f'{result["corpus"]}: best cell at matched diversity, bars are standard errors')
-    figure.tight_layout()
-    for kind in ('png', 'svg'):
-        figure.savefig(os.path.join(out_dir, f'frontier.{kind}'), dpi=120)
-    plt.close(figure)
-
-
-def peer(result):
-    """The autoregressive samples at the temperature nearest to 1."""
-    return min((e for e in result['reference'].values() if 'temperature' in e), key=lambda e: abs(e['temperature'] - 1))
+def usable_decoders(args, model):
+    """The decoders that the model has heads for. InputError if one was asked for that it has no head for."""
+    def lacks(name):
+        config = RECIPES[name].config
+        if config.get('use_sampler', True) and model.sampler_head is None:
+            return 'sampler'
+        return 'critic' if config.get('order') == 'critic' and model.critic_head is None else ''
+    for name in args.decoders:
+        if args.named and lacks(name):
+            raise InputError(f'{args.checkpoint!r} has no {lacks(name)} head, which --decoders {name} needs')
+    return [name for name in args.decoders if not lacks(name)]
 
 
 def main():
     args = arguments()
-    decoders = listed(args.decoders, str, 'decoders', DECODERS) if args.decoders else DECODERS
-    orders = listed(args.orders, str, 'orders', ORDERS) if args.orders else tuple(ORDERS)
-    if args.quick:
-        passes, temperatures = (1, 4, 16), ((0.4, 0.4), (0.8, 0.1))
-        orders = orders if args.orders else ('remask-noise', 'critic')
-    else:
-        passes, temperatures = PASSES, TEMPERATURES
-    passes = listed(args.passes, int, 'passes') if args.passes else passes
-    temperatures = listed(args.temperatures, heat, 'temperatures') if args.temperatures else temperatures
-    if args.corrections < 1:
-        raise InputError(f'--corrections is {args.corrections}, wanted at least 1')
-    if args.num_samples < 2:
-        raise InputError(f'--num-samples is {args.num_samples}, wanted at least 2')
     evaluation = Evaluation(args)
-    if evaluation.model.critic_head is None:
-        if args.orders and 'critic' in orders:
-            raise InputError(f'{args.checkpoint!r} has no critic head, which the order critic needs')
-        orders = tuple(order for order in orders if order != 'critic')
-    if evaluation.model.sampler_head is None:
-        if args.decoders and decoders != ('naive',):
-            raise InputError(f'{args.checkpoint!r} has no sampler head, which --decoders {args.decoders} need')
-        decoders = ('naive',)
-    cells = grid(decoders, orders, passes, temperatures, args.corrections)
-    if not cells:
-        raise InputError(f'nothing to measure: --decoders {",".join(decoders)} with --orders {",".join(orders)}; corrected wants '
-                         f'{" or ".join(CORRECTED_ORDERS)}')
-    evaluation.references(sorted({first for first, _ in temperatures}))
-    evaluation.run(cells, progress=not args.no_progress and sys.stderr.isatty())
-
-    # report
-    result = evaluation.result
-    real = result['reference']['real text']
-    floor = {'entropy': real['entropy'][0] - args.entropy_slack, 'distinct4': real['distinct4'][0] * (1 - args.distinct_slack)}
-    lines = frontier([result['cells'][cell.key] for cell in cells], floor)
-    bound = result['validation']
-    print(f'{args.checkpoint} on {result["corpus"]}: validation NELBO {bound["nelbo"]:.4f} ±{bound["nelbo_error"]:.4f} nats per token, '
-          f'{bound["bits_per_character"]:.4f} ±{bound["bits_error"]:.4f} bits per character')
-    print(f'{evaluation.n} samples of {evaluation.length} tokens in each of {len(cells)} cells, seed {args.seed}, {result["hardware"]}, {evaluation.dtype}, '
-          f'torch {result["torch"]}; floor of diversity: entropy {floor["entropy"]:.3f}, distinct 4-grams {floor["distinct4"]:.3f}\n')
-    result['floor'], result['table'], result['sentence'] = floor, table(result, lines), sentence(lines)
-    evaluation.save()
-    plot(result, lines, args.out_dir)
-    print(result['table'] + f'\n\n{evaluation.path}, frontier.png and frontier.svg hold the rest.')
-    most = outdone([result['cells'][cell.key] for cell in cells])
-    if most:
-        print(f'Every naive cell, up to {max(passes)} passes, is beaten in NLL, entropy, distinct 4-grams and spelling at once by a '
-              f'wavefront cell of at most {most} passes.')
-    print(result['sentence'])
+    progress = not args.no_progress and sys.stderr.isatty()
+    if args.likelihood:
+        likelihood_table.write(evaluation, args.passes or likelihood_table.PASSES, args.out_dir, progress)
+        return
+    decoders = usable_decoders(args, evaluation.model)
+    settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick)
+    evaluation.measure_reference()
+    evaluation.run(settings, progress)
+    report.write(evaluation.result, [setting.key for setting in settings], args.out_dir)
 
 
 if __name__ == '__main__':

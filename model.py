@@ -1,4 +1,4 @@
-"""The trunk: a transformer that reads a row of tokens, and the places where the small heads attach.
+"""The model: a transformer (the trunk) that reads a sequence of tokens, and the small heads that attach to it.
 
     model = GPT(GPTConfig(vocab_size=66, add_sampler_head=True))
     logits = model.lm_head(model(xt))
@@ -6,7 +6,6 @@
 References:
 nanoGPT, the shape of this file: https://github.com/karpathy/nanoGPT
 MDLM, masked diffusion without time conditioning: https://arxiv.org/abs/2406.07524
-rotary positions: https://arxiv.org/abs/2104.09864; QK-norm: https://arxiv.org/abs/2010.04245
 """
 from dataclasses import dataclass
 from enum import Enum
@@ -15,96 +14,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from blocks import lay_out
 from critic import CriticHead
-from sampler import SamplerHead, norm
+from layers import Block, norm, rotary_tables
+from sampler import SamplerHead
 
 
 class ModelMode(str, Enum):
-    LANGUAGE_MODEL = 'language_model'     # a distribution over tokens at each place
-    SEQUENCE_SCORER = 'sequence_scorer'   # one score for a whole row: the judge
-
-
-def rotary_tables(block_size, head_size):
-    """cos and sin, each (T, head_size / 2), of the rotary angles."""
-    freq = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
-    angle = torch.arange(block_size)[:, None] * freq
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn each pair of channels of x (B, n_head, T, head_size) by its position's angle."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-def attend(q, k, v, causal):
-    """Scaled dot-product attention of q, k, v (B, n_head, T, head_size)."""
-    if q.device.type != 'cpu':
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # written out, the backward pass takes half the time of the fused kernel for CPUs
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
-    if causal:
-        scores = scores + torch.full(scores.shape[-2:], float('-inf'), dtype=q.dtype).triu(1)
-    return torch.softmax(scores, -1, dtype=v.dtype) @ v
-
-
-class SelfAttention(nn.Module):
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.causal = config.attention_type == 'causal'
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x, cos, sin):
-        B, T, C = x.size()
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in self.qkv(x).split(C, dim=2))
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        y = attend(q.to(v.dtype), k.to(v.dtype), v, self.causal)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class ShortConv(nn.Module):
-    """Adds to each channel what it holds in the places nearby, weighted: spelling, which attention is slow to learn.
-
-    A depthwise convolution of x (B, T, C) that starts at zero; causal where attention is.
-    """
-
-    def __init__(self, config, reach=4):
-        super().__init__()
-        pad = 2 * reach if config.attention_type == 'causal' else reach
-        self.conv = nn.Conv1d(config.n_embd, config.n_embd, 2 * reach + 1, padding=pad, groups=config.n_embd, bias=False)
-        nn.init.zeros_(self.conv.weight)
-
-    def forward(self, x):
-        return x + self.conv(x.transpose(1, 2))[..., :x.size(1)].transpose(1, 2)
-
-
-class MLP(nn.Module):
-
-    def __init__(self, config):
-        super().__init__()
-        self.near = ShortConv(config)
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x):
-        return self.proj(F.gelu(self.fc(self.near(x))))
-
-
-class Block(nn.Module):
-
-    def __init__(self, config):
-        super().__init__()
-        self.attn = SelfAttention(config)
-        self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x, cos, sin):
-        x = x + self.dropout(self.attn(norm(x), cos, sin))
-        return x + self.dropout(self.mlp(norm(x)))
+    LANGUAGE_MODEL = 'language_model'     # a distribution over tokens at each position
+    SEQUENCE_SCORER = 'sequence_scorer'   # one score for a whole sequence: the judge
 
 
 @dataclass
@@ -146,33 +64,54 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
         self.score_head = nn.Linear(config.n_embd, 1) if config.model_mode == ModelMode.SEQUENCE_SCORER else None
         # heads come last, so that the trunk starts the same with and without them
-        self.sampler_head = SamplerHead(config.n_embd, config.sampler_context, config.sampler_width) if config.add_sampler_head else None
-        self.critic_head = CriticHead(config.n_embd, config.sampler_context) if config.add_critic_head else None
+        self.sampler_head = self.critic_head = None
+        if config.add_sampler_head:
+            self.sampler_head = SamplerHead(config.n_embd, config.sampler_context, config.sampler_width)
+        if config.add_critic_head:
+            self.critic_head = CriticHead(config.n_embd, config.sampler_context)
 
     @property
     def mask_id(self):
         return self.config.vocab_size - 1
 
     def parts(self):
-        """Parameters of the trunk and of each head that is there, {name: [parameter]}."""
+        """Parameters of the trunk and of each head the model has, {name: [parameter]}."""
         parts = {'trunk': [], 'sampler': [], 'critic': []}
         for name, p in self.named_parameters():
-            parts[name.split('_')[0] if name.startswith(('sampler_head', 'critic_head')) else 'trunk'].append(p)
+            part = name.split('_')[0] if name.startswith(('sampler_head', 'critic_head')) else 'trunk'
+            parts[part].append(p)
         return {name: params for name, params in parts.items() if params}
 
-    def forward(self, idx):
-        """Hidden states of a row of tokens: idx (B, T) int64 -> (B, T, C)."""
-        B, T = idx.size()
-        assert T <= self.config.block_size, f'row of {T} tokens, block_size {self.config.block_size}'
+    def forward(self, idx, layout=None):
+        """Hidden states of a sequence of tokens: idx (B, T) int64 -> (B, T, C).
+
+        With a blocks.BlockLayout idx is text without masks, read from left to right, and the layout's masked blocks
+        are read behind it: -> (B, T + M, C).
+        """
+        T = idx.size(1)
+        assert T <= self.config.block_size, f'sequence of {T} tokens, block_size {self.config.block_size}'
+        cos, sin = self.cos[:T], self.sin[:T]
+        if layout is not None:
+            idx = F.pad(idx, (0, layout.n_masks), value=self.mask_id)
+            cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         x = norm(self.wte(idx))                                 # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))   # the residual stream too: a tenth less time
         for block in self.h:
-            x = block(x, self.cos[:T], self.sin[:T])
+            x = block(x, cos, sin, layout)
         return norm(x.to(self.wte.weight.dtype))
 
+    def read_block(self, x, start, end):
+        """The trunk's view of a block, masked, after finished text: x (B, T) ids, of which those before start count.
+
+        Returns hidden (B, end - start, C), and (B, C) the state of the last token before the block, 0 where it is first.
+        """
+        hidden = self(x[:, :start], lay_out(start, [start], end - start, x.device))
+        last = hidden[:, start - 1] if start else torch.zeros_like(hidden[:, 0])
+        return hidden[:, start:], last
+
     def lm_head(self, hidden):
-        """Logits (..., V - 1) float32 of hidden states (..., C). There is none for [MASK]: no decoder can produce it."""
+        """Logits (..., V - 1) float32 of hidden states (..., C). [MASK] has none, so no decoder can produce it."""
         return F.linear(hidden, self.unembedding).float()
 
     @property

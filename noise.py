@@ -1,4 +1,4 @@
-"""Randomness that belongs to places: a uniform number for each (seed, row, step, position), and sampling with it.
+"""Randomness that belongs to positions: a uniform number for each (seed, sequence, step, position), and sampling.
 
 A counter-based generator needs no state, so a number does not depend on the batch, on the order of waves,
 on the device or on what was drawn before. Fast code, a plain loop and the naive decoder can share it.
@@ -10,6 +10,9 @@ Sampling in float64: Zheng et al. 2024, https://arxiv.org/abs/2409.02908
 import numpy as np
 import torch
 
+TOKENS, ORDER, POSITIONS, CORRECTIONS = range(4)    # streams of noise: one for each use
+MAX_LOGITS = 2 ** 23    # numbers in a piece of logits: 32 MB in float32, and some temporaries of twice that
+
 
 def mix(z):
     """SplitMix64's finalizer: uint64 array -> uint64 array, every input bit moves every output bit."""
@@ -18,19 +21,30 @@ def mix(z):
     return z ^ (z >> np.uint64(31))
 
 
-def uniform(seed, stream, rows, step, positions, device='cpu'):
-    """One uniform number in (0, 1) for each row and position.
+def uniform(seed, stream, sequences, step, positions, device='cpu'):
+    """One uniform number in (0, 1) for each sequence and position.
 
-    seed, step int >= 0; stream int, one for each use; rows (B,) and positions (T,) int.
+    seed, step int >= 0; stream int, one for each use; sequences (B,) and positions (T,) int.
     Returns (B, T) float64 made from 53 bits each, the same on every device (rounded to float32 on mps).
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     key = mix(np.array([seed], np.uint64) + golden)
     with np.errstate(over='ignore'):
-        for counter in (stream, step, np.asarray(rows)[:, None], np.asarray(positions)[None, :]):
+        for counter in (stream, step, np.asarray(sequences)[:, None], np.asarray(positions)[None, :]):
             key = mix((key ^ np.asarray(counter).astype(np.uint64)) * golden + golden)
     u = torch.from_numpy(((key >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0 ** -53)
     return exact(u, torch.device(device)).to(device)
+
+
+def derive(seed, *counters):
+    """A seed of its own for a part of a run, such as a micro-step of an iteration: ints >= 0 -> int below 2 ** 63."""
+    return int(np.random.SeedSequence(seed, spawn_key=counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def pieces(n, vocab_size):
+    """Slices of n positions, each so short that its logits have at most MAX_LOGITS numbers; at least one slice."""
+    size = max(1, MAX_LOGITS // vocab_size)
+    return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
 
 
 def gumbel(u):
@@ -44,7 +58,7 @@ def exact(x, device=None):
 
 
 def sample(logits, u, temperature=1.0, top_p=1.0):
-    """Draw one token per place by inverting the cumulative distribution at u.
+    """Draw one token per position by inverting the cumulative distribution at u.
 
     logits (N, V); u (N,) in (0, 1); temperature >= 0, 0 takes the likeliest; top_p in (0, 1] keeps the
     smallest set of likeliest tokens whose probabilities sum to top_p (Holtzman et al., arXiv:1904.09751).
@@ -58,7 +72,7 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
         beyond = sorted_prob.cumsum(-1) - sorted_prob >= top_p
         prob = prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
     cdf = prob.cumsum(-1)
-    # the first place where the sum reaches u of the whole: a token without probability never is
+    # the first token at which the sum reaches u of the whole: one without probability never is it
     return torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:])[:, 0]
 
 

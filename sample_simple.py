@@ -6,8 +6,11 @@
 
 The same seed gives the same noise to both decoders, so their outputs can be compared sample by sample.
 """
+import environment    # before torch
+
 import argparse
 import json
+import math
 import os
 import secrets
 import sys
@@ -16,52 +19,61 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, want_generator, want_vocabulary
+from checkpoint import load_model, require_generator, require_same_vocabulary
 from corpus import write_atomically
+from decoding import blocks, default_config, generate, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
-from diffusion import PLACES, Decoder, blocks, generate, linear_ratios
 from errors import InputError, run
 from judge import Judge
-from noise import uniform
+from noise import POSITIONS, uniform
 
-SCHEMA = 1    # of the file that --save writes
-# defaults below 8 iterations, which have less time to begin again and more to correct, and from 8 on (docs/evaluation.md)
-FEW = {'start_ratio': 0.7, 'end_ratio': 0.1, 'corrections': 24}
-MANY = {'start_ratio': 0.95, 'end_ratio': 0.05, 'corrections': 0}
+SCHEMA = 2    # of the file that --save writes
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to each help text that does not tell it in its own words."""
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False, '', argparse.SUPPRESS) or 'default' in action.help
+        return action.help if plain else f'{action.help} (default: %(default)s)'
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
+    add = parser.add_argument_group('what to generate').add_argument
     add('--out-dir', default='out-char-diffusion', help='folder of the checkpoint')
     add('--checkpoint-name', default='ckpt.pt', help='file in it')
-    add('--num-samples', type=int, default=4, help='rows to generate')
-    add('--sequence-length', type=int, default=0, help='tokens in a row; 0 is the model\'s block; longer ones take several blocks')
-    add('--batch-size', type=int, default=64, help='rows decoded at a time')
-    add('--iterations', type=int, help='trunk passes over a block (default: 15)')
+    add('--num-samples', type=int, default=4, help='sequences to generate')
+    add('--sequence-length', type=int, default=0, help='tokens in a sequence (default: one block)')
+    add('--seed-text', default='', help='text that every sample contains')
+    add('--seed-placement', choices=('prefix', 'random'), default='prefix', help='where it stands')
+    add('--seed', type=int, default=1337, help='of the noise; -1 draws one')
+    add = parser.add_argument_group('how to decode').add_argument
+    add('--iterations', type=int, help='forward passes over a block (default: 15)')
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
-    add('--end-temperature', type=float, help='that of the last pass, reached evenly (default: the same, below 8 iterations 0.1)')
+    add('--end-temperature', type=float, help='of the last pass, reached evenly (default: --temperature)')
     add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
-    add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio', help='remask a share, or what is above --threshold')
+    add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
+    add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio',
+        help='remask a share of the tokens, or those whose remask score is above --threshold')
     add('--start-ratio', type=float, help='share remasked after the first pass (default: 0.95, below 8 iterations 0.7)')
     add('--end-ratio', type=float, help='share remasked before the last pass (default: 0.05, below 8 iterations 0.1)')
     add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
-    add('--threshold', type=float, default=0.5, help='wrongness above which a token is remasked')
+    add('--threshold', type=float, help='remask score from 0 to 1 above which a token is remasked (default: 0.9)')
     add('--order', choices=('confidence', 'critic', 'random'),
-        help='what is remasked first (default: critic where there is one and the sampler, whose fills it knows)')
+        help='what is remasked first (default: critic with a sampler and a critic head, else confidence)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
-    add('--corrections', type=int, help='times that the sampler head redoes its worst tokens after each pass, without the trunk '
-        '(default: 0, below 8 iterations 24)')
-    add('--correction-ratio', type=float, default=0.6, help='share of what the pass filled that the first of them redoes; the share falls evenly')
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
-    add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
-    add('--seed-text', default='', help='text that every sample contains')
-    add('--seed-placement', choices=('prefix', 'random'), default='prefix', help='where it stands')
-    add('--quality-metric', choices=('none', 'node', 'judge'), help='node: by the critic (default where there is one)')
-    add('--judge-checkpoint-name', help='file in --out-dir, or a path')
-    add('--seed', type=int, default=1337, help='-1 draws one')
+    add('--corrections', type=int, default=0,
+        help='times that the sampler head resamples its worst tokens after each pass, without a forward pass')
+    add('--correction-ratio', type=float, default=0.6, help='share that the first correction resamples, falling evenly')
+    add('--batch-size', type=int, default=64, help='sequences decoded at a time')
     add('--device', default='auto', help='auto, cuda, mps, cpu')
-    add('--dtype', default='auto', choices=('auto', *DTYPES))
+    add('--dtype', default='auto', choices=('auto', *DTYPES), help='precision; auto is the fastest here')
+    add = parser.add_argument_group('what to show').add_argument
+    add('--quality-metric', choices=('none', 'node', 'judge'),
+        help='score samples: node by the critic, judge by --judge-checkpoint-name (default: what there is)')
+    add('--judge-checkpoint-name', help='file in --out-dir, or a path; config/train_judge.py trains one')
     add('--save', metavar='FILE', help='write samples and every step of their making as JSON')
     add('--verbose', action='store_true', help='show the first sample after every pass')
     add('--no-progress', action='store_true', help='no bar, no lines')
@@ -75,42 +87,70 @@ def ratios(text):
 
 def check(args):
     """InputError for a value out of range; settles what depends on another flag."""
-    for name, low, high in (('num_samples', 1, None), ('sequence_length', 0, None), ('batch_size', 1, None), ('iterations', 1, None),
-                            ('temperature', 0, None), ('end_temperature', 0, None), ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1),
-                            ('threshold', 1e-6, 1), ('corrections', 0, None), ('correction_ratio', 0, 1),
-                            ('randomness_strength', 0, None), ('seed', -1, None)):
+    for name, low, high in (('num_samples', 1, None), ('sequence_length', 0, None), ('batch_size', 1, None),
+                            ('iterations', 1, None), ('temperature', 0, None), ('end_temperature', 0, None),
+                            ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1), ('threshold', 1e-6, 1),
+                            ('corrections', 0, None), ('correction_ratio', 0, 1), ('randomness_strength', 0, None),
+                            ('seed', -1, None)):
         value = getattr(args, name)
         if value is not None and not (value >= low and (high is None or value <= high)):
-            raise InputError(f'--{name.replace("_", "-")} is {value}, wanted ' + (f'at least {low}' if high is None else f'{low} to {high}'))
+            wanted = f'at least {low}' if high is None else f'{low} to {high}'
+            raise InputError(f'--{name.replace("_", "-")} is {value}, wanted {wanted}')
     if args.masking_ratios is not None:
         if not all(0 <= r <= 1 for r in args.masking_ratios):
             raise InputError(f'--masking-ratios has {args.masking_ratios}, wanted numbers in [0, 1]')
         found, args.iterations = args.iterations, len(args.masking_ratios) + 1
         if found not in (None, args.iterations):
-            raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {args.iterations} iterations, found --iterations {found}')
+            raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {args.iterations} iterations, '
+                             f'found --iterations {found}')
     args.iterations = args.iterations or 15
-    few = args.iterations < 8
-    defaults = (FEW if few else MANY) | {'end_temperature': min(0.1, args.temperature) if few else args.temperature}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.masking_ratios is None:
-        args.masking_ratios = linear_ratios(args.iterations, args.start_ratio, args.end_ratio)
+    if args.schedule_mode == 'threshold':
+        if args.order == 'random' or args.masking_ratios is not None:
+            raise InputError('--schedule-mode threshold goes by the remask score; it allows neither --order random '
+                             'nor --masking-ratios')
+        args.threshold = 0.9 if args.threshold is None else args.threshold
+    elif args.threshold is not None:
+        raise InputError('--threshold needs --schedule-mode threshold')
     if args.save and not os.path.isdir(os.path.dirname(args.save) or '.'):
         raise InputError(f'--save {args.save!r}: no folder {os.path.dirname(args.save)!r}')
+    if args.judge_checkpoint_name and args.quality_metric is None:
+        args.quality_metric = 'judge'
+    if (args.quality_metric == 'judge') != bool(args.judge_checkpoint_name):
+        raise InputError(f'found --quality-metric {args.quality_metric} with --judge-checkpoint-name '
+                         f'{args.judge_checkpoint_name}, wanted both or neither; python train.py config/train_judge.py '
+                         f'trains a judge')
     if args.seed == -1:
         args.seed = secrets.randbelow(2 ** 31)
         print(f'seed: {args.seed}')
 
 
-def prompt_rows(args, tokenizer, length):
-    """Rows with the seed text in place: x (num_samples, length) ids and free (num_samples, length) bool."""
+def decoder_config(args, model, path):
+    """The DecoderConfig that the flags ask for: the defaults, changed by each flag that was given."""
+    if args.order == 'critic' and model.critic_head is None:
+        raise InputError(f'{path!r} has no critic head, which --order critic needs')
+    config = default_config(model, args.iterations, False if args.disable_sampler else None, seed=args.seed,
+                            temperature=args.temperature, end_temperature=args.end_temperature, top_p=args.top_p,
+                            revise=not args.no_revise, randomness_strength=args.randomness_strength,
+                            corrections=args.corrections, correction_ratio=args.correction_ratio,
+                            threshold=args.threshold or 0.0)
+    config.order = args.order or config.order
+    if args.masking_ratios is not None:
+        config.mask_ratios = tuple(args.masking_ratios)
+    elif config.passes > 1:
+        start = config.mask_ratios[0] if args.start_ratio is None else args.start_ratio
+        end = config.mask_ratios[-1] if args.end_ratio is None else args.end_ratio
+        config.mask_ratios = tuple(linear_ratios(args.iterations, start, end))
+    return config
+
+
+def prompts(args, tokenizer, length):
+    """Sequences with the seed text in place: x (num_samples, length) ids and free (num_samples, length) bool."""
     prompt = torch.tensor(tokenizer.encode(args.seed_text), dtype=torch.long)
     if len(prompt) > length:
         raise InputError(f'--seed-text has {len(prompt)} tokens, wanted at most the sequence length, {length}')
     starts = torch.zeros(args.num_samples, dtype=torch.long)
     if args.seed_placement == 'random':
-        u = uniform(args.seed, PLACES, range(args.num_samples), 0, [0])[:, 0]
+        u = uniform(args.seed, POSITIONS, range(args.num_samples), 0, [0])[:, 0]
         starts = (u * (length - len(prompt) + 1)).long()
     at = starts[:, None] + torch.arange(len(prompt))
     x = torch.full((args.num_samples, length), tokenizer.mask_id).scatter(1, at, prompt.expand(args.num_samples, -1))
@@ -123,11 +163,11 @@ def load_judge(args, corpus, device):
     if not os.path.exists(path):
         path = os.path.join(args.out_dir, path)
     model, _, saved = load_model(path)
-    want_vocabulary(saved['corpus'], path, corpus)
+    require_same_vocabulary(saved['corpus'], path, corpus)
     return Judge(model.to(device), path, saved['corpus'])
 
 
-class Watcher:
+class Progress:
     """Shows every pass on a bar or in lines and keeps it for --save."""
 
     def __init__(self, args, tokenizer, total):
@@ -136,93 +176,95 @@ class Watcher:
         self.bar = tqdm(total=total, unit='pass', disable=args.no_progress or self.lines)
         self.history = []
 
-    def begin(self, rows):
-        self.rows, self.first = rows, len(self.history)
-        self.history += [[] for _ in rows]
+    def begin(self, sequences):
+        self.sequences, self.first = sequences, len(self.history)
+        self.history += [[] for _ in sequences]
 
     def __call__(self, step):
         self.bar.update()
-        waves, remasked = int(step['wave'].max()) + 1, step['remasked'].float().mean().item()
         if self.lines:
-            print(f'rows {self.rows[0]}-{self.rows[-1]}, from token {step["start"]}, pass {step["pass"] + 1}: '
-                  f'{waves} wave{"s" if waves > 1 else ""}, {remasked:.0%} remasked', file=sys.stderr)
-        if self.args.verbose and self.rows[0] == 0:
-            tqdm.write(f'--- pass {step["pass"] + 1}\n' + self.tokenizer.decode(
-                torch.where(step['remasked'], self.tokenizer.mask_id, step['x'])[0].tolist()))
+            print(f'samples {self.sequences[0]}-{self.sequences[-1]}, from token {step["start"]}, pass '
+                  f'{step["pass"] + 1}: {step["remasked"].float().mean().item():.0%} remasked', file=sys.stderr)
+        if self.args.verbose and self.sequences[0] == 0:
+            ids = torch.where(step['remasked'], self.tokenizer.mask_id, step['x'])[0].tolist()
+            tqdm.write(f'--- pass {step["pass"] + 1}\n' + self.tokenizer.decode(ids))
         if self.args.save:
-            step = {name: value.tolist() if torch.is_tensor(value) else value for name, value in step.items()}
+            per_token = {'input_masked': step['xt'], 'output_unmasked': step['x'], 'wave': step['wave'],
+                         'remask_score': step['remask_score']}
             for i, passes in enumerate(self.history[self.first:]):
-                passes.append({'iteration': step['pass'], 'block_start': step['start'], 'input_masked': step['xt'][i],
-                               'output_unmasked': step['x'][i], 'wave': step['wave'][i], 'wrongness': step['wrong'][i],
-                               'remasked_indices': [step['start'] + j for j, r in enumerate(step['remasked'][i]) if r]})
+                remasked = (step['remasked'][i].nonzero()[:, 0] + step['start']).tolist()
+                passes.append({'iteration': step['pass'], 'block_start': step['start']}
+                              | {name: values[i].tolist() for name, values in per_token.items()}
+                              | {'remasked_indices': remasked})
+
+
+def decode(args, model, x, free, config, device, dtype, progress):
+    """Decode in batches: tokens (lists), the critic's mean chance that each is real, forward passes, waves."""
+    tokens, p_real, passes, waves = [], [], 0, 0
+    for start in range(0, args.num_samples, args.batch_size):
+        part = slice(start, min(start + args.batch_size, args.num_samples))
+        progress.begin(range(part.start, part.stop))
+        with autocast(device, dtype):
+            decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences, progress)
+        tokens += decoded.x.tolist()
+        if decoded.p_generated is not None:
+            n_free = free[part].sum(1).clamp(min=1)
+            p_real += (1 - decoded.p_generated.sum(1).cpu() / n_free).tolist()
+        passes, waves = passes + decoded.passes, waves + decoded.waves
+    progress.bar.close()
+    return tokens, p_real, passes, waves
 
 
 def main():
     args = arguments()
     check(args)
+
+    # 1. model, judge, prompts
     path = os.path.join(args.out_dir, args.checkpoint_name)
     model, tokenizer, saved = load_model(path)
-    want_generator(model, path)
-    use_sampler = model.sampler_head is not None and not args.disable_sampler
-    # the critic learned from the sampler's fills; naive ones it misleads
-    args.order = args.order or ('critic' if use_sampler and model.critic_head is not None else 'confidence')
-    if 'critic' in (args.order, {'node': 'critic'}.get(args.quality_metric)) and model.critic_head is None:
-        raise InputError(f'{path!r} has no critic head, which --order critic and --quality-metric node need')
-    if (args.quality_metric == 'judge') != bool(args.judge_checkpoint_name):
-        raise InputError(f'found --quality-metric {args.quality_metric} with --judge-checkpoint-name {args.judge_checkpoint_name}, '
-                         f'wanted both or neither; python train.py config/train_judge.py trains a judge')
+    require_generator(model, path)
+    config = decoder_config(args, model, path)
+    if args.quality_metric == 'node' and model.critic_head is None:
+        raise InputError(f'{path!r} has no critic head, which --quality-metric node needs')
     device = pick_device(args.device)
-    judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
     dtype = pick_dtype(args.dtype, device)
+    judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
-    metric = args.quality_metric or ('none' if model.critic_head is None else 'node')
-    decoder = Decoder(use_sampler=use_sampler, order=args.order, revise=not args.no_revise, ratios=tuple(args.masking_ratios),
-                      threshold=args.threshold if args.schedule_mode == 'threshold' else 0.0, temperature=args.temperature,
-                      end_temperature=args.end_temperature, top_p=args.top_p, randomness_strength=args.randomness_strength,
-                      corrections=args.corrections, correction_ratio=args.correction_ratio, seed=args.seed)
     length = args.sequence_length or model.config.block_size
-    x, free = prompt_rows(args, tokenizer, length)
+    x, free = prompts(args, tokenizer, length)
     print(f'{path}: iteration {saved["iter_num"]}, trained on {saved["corpus"]["name"]}; decoding '
-          f'{"by wavefront" if use_sampler else "naively"}, {decoder.passes} iterations, {device}, {dtype}, seed {args.seed}')
+          f'{"by wavefront" if config.use_sampler else "naively"}, {config.passes} iterations, {device}, {dtype}, '
+          f'seed {args.seed}')
 
-    # decode
-    batches = range(0, args.num_samples, args.batch_size)
-    watcher = Watcher(args, tokenizer, len(batches) * len(blocks(length, model.config.block_size)) * decoder.passes)
-    tokens, flaws, passes, waves, clock = [], [], 0, 0, time.time()
-    for start in batches:
-        rows = range(start, min(start + args.batch_size, args.num_samples))
-        watcher.begin(rows)
-        with autocast(device, dtype):
-            filled, flaw, p, w = generate(model, x[start:rows.stop].to(device), free[start:rows.stop].to(device), decoder, rows, watcher)
-        tokens += filled.tolist()
-        flaws += [] if flaw is None else (flaw.sum(1).cpu() / free[start:rows.stop].sum(1).clamp(min=1)).tolist()
-        passes, waves = passes + p, waves + w
+    # 2. decode
+    n_batches = math.ceil(args.num_samples / args.batch_size)
+    progress = Progress(args, tokenizer, n_batches * len(blocks(length, model.config.block_size)) * config.passes)
+    clock = time.time()
+    tokens, p_real, passes, waves = decode(args, model, x, free, config, device, dtype, progress)
     seconds = time.time() - clock
-    watcher.bar.close()
 
-    # show and save
-    texts = [tokenizer.decode(ids) for ids in tokens]
-    scores, meaning = [], ''
-    if metric == 'node':
-        scores, meaning = [1 - flaw for flaw in flaws], 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
-    if metric == 'judge':
-        scores = [s for part in torch.tensor(tokens).split(args.batch_size) for s in judge.score(part.to(device)).tolist()]
+    # 3. score, show, save
+    texts, scores, meaning = [tokenizer.decode(ids) for ids in tokens], [], ''
+    if judge:
+        ids = torch.tensor(tokens).split(args.batch_size)
+        scores = [score for part in ids for score in judge.score(part.to(device)).tolist()]
         meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'
+    elif args.quality_metric != 'none' and p_real:
+        scores, meaning = p_real, 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
     for i, text in enumerate(texts):
         print(f'--- sample {i}' + (f', quality {scores[i]:.3f}' if scores else '') + f'\n{text}')
     print('---')
     if scores:
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
-    generated = int(free.sum())
-    print(f'{args.num_samples} samples of {length} tokens in {seconds:.2f} s: {passes} trunk passes, {waves} waves, '
-          f'{generated / seconds:,.0f} tokens/s')
+    print(f'{args.num_samples} samples of {length} tokens in {seconds:.2f} s: {passes} forward passes, {waves} waves, '
+          f'{int(free.sum()) / seconds:,.0f} tokens/s')
     if args.save:
-        settings = vars(args) | {'device': device, 'dtype': dtype, 'sampler': use_sampler, 'checkpoint': path}
-        samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None, 'iterations': watcher.history[i]}
-                   for i, (text, ids) in enumerate(zip(texts, tokens))]
+        samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
+                    'iterations': progress.history[i]} for i, (text, ids) in enumerate(zip(texts, tokens))]
+        settings = vars(args) | vars(config) | {'device': device, 'dtype': dtype, 'checkpoint': path}
         write_atomically(args.save, json.dumps({
             'schema': SCHEMA, 'settings': settings, 'vocabulary': saved['corpus'], 'mask_id': tokenizer.mask_id,
-            'seconds': seconds, 'trunk_passes': passes, 'waves': waves, 'samples': samples}).encode())
+            'seconds': seconds, 'forward_passes': passes, 'waves': waves, 'samples': samples}).encode())
         print(f'saved {args.save}')
 
 

@@ -1,94 +1,94 @@
-"""The sampler head: fills a masked region wave after wave, each token given those just placed beside it.
+"""The sampler head: fills masked positions wave after wave, each token conditioned on those just filled beside it.
 
-The trunk's marginals do not know each other: tokens drawn from them in parallel do not fit together. The head
-corrects the marginal of a place by the tokens around it, which may be younger than the trunk's view.
-A wave fills every masked place that has a known direct neighbour; when each place is filled depends on the mask
-alone, so training can teacher-force exactly the neighbours that decoding will have.
+The trunk predicts every masked position on its own: tokens drawn from those marginals in parallel do not fit together.
+The head corrects the prediction at a position by the tokens around it, which the trunk may not have seen yet.
+A wave fills every masked position that has a known direct neighbour. When a position is filled depends on the mask
+alone, not on the tokens, so training can show each position exactly the neighbours that decoding will show it.
 
 References: docs/sampler.md; ADJUST, a neighbour of this idea: https://arxiv.org/abs/2509.22738
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from noise import probability, sample
+from layers import norm
+from noise import pieces, probability, sample
 
 
-def norm(x):
-    """Layer norm without parameters. Fused on every device, where torch's RMSNorm is not: 8 times faster on a CPU."""
-    return F.layer_norm(x, (x.size(-1),))
+class LocalContext(nn.Module):
+    """Features of a position from its hidden state and the tokens around it: the first, linear layer of a head.
 
-
-class Window(nn.Module):
-    """Features of a place from its hidden state and the tokens around it: the first, linear layer of a head.
-
-    It is a sum of one projection and, for each offset, one row of a table over the vocabulary. In decoding the
-    projection of a place is made ahead of its wave and the tables once for each block of text.
+    It is the sum of a projection of the hidden state and, for each offset, one row of a table over the vocabulary. In
+    decoding the projections are computed ahead of the waves and the tables once per block.
     """
 
     def __init__(self, n_embd, width, offsets, n_code):
         super().__init__()
         self.register_buffer('offsets', torch.tensor(offsets), persistent=False)
-        self.place = nn.Linear(n_embd, width)
-        self.code = nn.Linear(n_embd, n_code, bias=False)
-        self.slots = nn.Linear(len(offsets) * n_code, width, bias=False)
+        self.hidden_proj = nn.Linear(n_embd, width)
+        self.token_code = nn.Linear(n_embd, n_code, bias=False)
+        self.neighbor_proj = nn.Linear(len(offsets) * n_code, width, bias=False)
 
     def tables(self, wte, ids=None):
-        """Every offset's table, stacked, of the whole vocabulary or of some ids (M,): wte (V, C) -> (S * V, H) or (S * M, H).
+        """The tables of all offsets, stacked, over the vocabulary or over some ids (M,).
 
-        wte are the token embeddings; [MASK], the last of them, adds nothing.
+        wte (V, C) token embeddings; [MASK], the last of them, adds nothing. Returns (S * V, H) or (S * M, H).
         """
         ids = torch.arange(len(wte), device=wte.device) if ids is None else ids
-        code = self.code(norm(wte.detach()[ids]))
+        code = self.token_code(norm(wte.detach()[ids]))
         code = code * (ids < len(wte) - 1)[:, None]
-        slots = self.slots.weight.view(-1, len(self.offsets), code.size(-1))    # (H, S, D)
-        return torch.einsum('vd,hsd->svh', code, slots).flatten(0, 1).to(wte.dtype)
+        weight = self.neighbor_proj.weight.view(-1, len(self.offsets), code.size(-1))    # (H, S, D)
+        return torch.einsum('vd,hsd->svh', code, weight).flatten(0, 1).to(wte.dtype)
 
     def tables_for(self, wte, around):
-        """Tables that hold the ids around (N, S), and those ids as rows of them: a large vocabulary is not tabled whole."""
+        """Tables that cover the ids around (N, S), and those ids as rows of them: a large vocabulary is not tabled."""
         if len(wte) <= around.numel():
             return self.tables(wte), around
         ids, around = around.unique(return_inverse=True)
         return self.tables(wte, ids), around
 
-    def forward(self, place, around, tables):
-        """place (N, H) projected hidden states, around (N, S) ids, [MASK] for unknown -> (N, H)."""
+    def forward(self, projected, around, tables):
+        """projected (N, H) hidden states, around (N, S) ids, [MASK] for unknown -> features (N, H)."""
         S = len(self.offsets)
-        slots = torch.arange(S, device=around.device) * (len(tables) // S)
-        return place.to(tables.dtype) + F.embedding_bag(around + slots, tables, mode='sum')
+        offset_start = torch.arange(S, device=around.device) * (len(tables) // S)
+        return projected.to(tables.dtype) + F.embedding_bag(around + offset_start, tables, mode='sum')
 
 
 class SamplerHead(nn.Module):
-    """Logits of a place: the language-model head's, detached, plus a learned correction that starts at zero.
+    """Moves the hidden state of a position by what its neighbours say; the language-model head then reads it as usual.
 
-    One gated layer (GEGLU, https://arxiv.org/abs/2002.05202) on the window's features, normalised before and after.
+    One gated layer (GEGLU, https://arxiv.org/abs/2002.05202) on the local features, normalised before and after. The
+    output starts at zero, so the head starts as the trunk's own prediction.
     """
 
-    def __init__(self, n_embd, context, width):
+    def __init__(self, n_embd, reach, width):
         super().__init__()
-        self.context = context
-        self.window = Window(n_embd, width, [*range(-context, 0), *range(1, context + 1)], n_code=width // 9)
-        self.mix = nn.Linear(width, 2 * width)
+        self.reach = reach
+        offsets = [*range(-reach, 0), *range(1, reach + 1)]
+        self.local = LocalContext(n_embd, width, offsets, n_code=width // 9)
+        self.gate = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, n_embd, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, place, around, tables, lm_logits, unembedding):
-        """place (N, H), around (N, 2k) ids, lm_logits (N, V - 1), unembedding (V - 1, C) -> logits (N, V - 1)."""
-        x = norm(F.gelu(norm(self.window(place, around, tables))))
-        gate, value = self.mix(x).chunk(2, -1)
+    def forward(self, hidden, projected, around, tables):
+        """hidden (N, C), projected (N, H) by local.hidden_proj, around (N, 2 * reach) ids -> hidden states (N, C)."""
+        x = norm(F.gelu(norm(self.local(projected, around, tables))))
+        gate, value = self.gate(x).chunk(2, -1)
         x = norm(x + F.gelu(gate) * value)
-        return lm_logits + F.linear(self.out(x), unembedding.detach()).float()
+        return hidden + self.out(x)
 
 
 # -----------------------------------------------------------------------------
 # order of filling
 
 def wave_numbers(mask, first):
-    """The wave in which each place is filled: 0 known or first, then one more for each step away from those.
+    """The wave in which each position is filled: 0 known or first, then one more for each step away from those.
 
-    mask (B, T) bool, True where masked; first (B, T) bool, masked places that are filled before wave 1.
-    The last two places of a gap would meet unseen: the right one waits for the left.
-    Returns (B, T) int64; in a row where nothing is known every number is at least T.
+    mask (B, T) bool, True where masked; first (B, T) bool, masked positions that are filled before wave 1.
+    The last two positions of a gap would be filled unseen by each other: the right one waits for the left.
+    Returns (B, T) int64; in a sequence where nothing is known every number is at least T.
     """
     B, T = mask.size()
     at = torch.arange(T, device=mask.device).expand(B, T)
@@ -100,10 +100,10 @@ def wave_numbers(mask, first):
     return torch.cat((wave[:, :1], wave[:, 1:] + meets), 1)
 
 
-def first_places(mask, score, ratio):
-    """Places to start from in rows that know no token: the highest-scored ratio of them, at least one.
+def first_positions(mask, score, ratio):
+    """Where sequences that know no token begin: their highest-scored positions, a ratio of them, at least one.
 
-    mask (B, T) bool; score (B, T) float; ratio in [0, 1]. Returns (B, T) bool, all False in other rows.
+    mask (B, T) bool; score (B, T) float; ratio in [0, 1]. Returns (B, T) bool, all False in other sequences.
     """
     B, T = mask.size()
     chosen = score.topk(max(1, round(ratio * T)), dim=1).indices
@@ -111,104 +111,172 @@ def first_places(mask, score, ratio):
     return first & mask.all(1, keepdim=True)
 
 
-def pad(x, k, value):
-    return F.pad(x, (k, k), value=value)
+def pad(x, reach, value):
+    return F.pad(x, (reach, reach), value=value)
 
 
-def look_around(padded, rows, cols, offsets, k):
-    """Tokens at the given offsets of places: padded (B, T + 2k) ids; rows, cols (N,); offsets (S,) -> (N, S)."""
-    return padded[rows[:, None], cols[:, None] + k + offsets]
+def gather_neighbors(padded, sequences, positions, offsets, reach):
+    """Entries at the given offsets: padded (B, T + 2 reach); sequences, positions (N,); offsets (S,) -> (N, S)."""
+    return padded[sequences[:, None], positions[:, None] + reach + offsets]
 
 
 # -----------------------------------------------------------------------------
 # training
 
-def teacher_forced(x0, redo, rows, cols, offsets, score, ratio, mask_id):
-    """Neighbours of places as a wavefront that fills redo would have placed them, taken from the clean row.
+@dataclass
+class SamplerExamples:
+    """Positions that the sampler head learns from, and what it may see there."""
+    hidden: torch.Tensor     # (N, C) the trunk's view, detached
+    targets: torch.Tensor    # (N,) clean ids
+    around: torch.Tensor     # (N, 2 * reach) ids of the neighbours, [MASK] where not yet known
 
-    x0 (B, T) ids; redo (B, T) bool, all that is masked or, in a correction, a part of it; rows, cols (N,) the places:
-    those outside redo are looked at when it is about to be filled; score (B, T) float chooses where rows without a
-    known token start. Returns (N, S) ids, [MASK] where hidden.
+
+def known_neighbors(x0, resample_mask, first, sequences, positions, offsets, mask_id):
+    """Neighbours of positions as decoding would know them, read from the clean sequence.
+
+    x0 (B, T) ids; resample_mask (B, T) bool, positions to be filled; first (B, T) bool, those of them that the
+    language-model head fills; sequences, positions (N,). A position that a wave fills sees what earlier waves filled;
+    every other one is rescored, which happens when all is filled. Returns (N, S) ids, [MASK] where not yet known.
     """
-    k = len(offsets) // 2
-    wave = wave_numbers(redo, first_places(redo, score, ratio))
-    # a place is known to those of later waves; places past the ends never are
-    around_wave = look_around(pad(wave, k, 1 << 30), rows, cols, offsets, k)
-    around = look_around(pad(x0, k, mask_id), rows, cols, offsets, k)
-    seen = around_wave < wave[rows, cols, None].clamp(min=1)
-    return torch.where(seen, around, mask_id)
+    reach = len(offsets) // 2
+    wave = wave_numbers(resample_mask, first)
+    filled_by_wave = (resample_mask & ~first)[sequences, positions]
+    own_wave = torch.where(filled_by_wave, wave[sequences, positions], 1 << 29)
+    # positions beyond the ends are never known
+    wave_around = gather_neighbors(pad(wave, reach, 1 << 30), sequences, positions, offsets, reach)
+    around = gather_neighbors(pad(x0, reach, mask_id), sequences, positions, offsets, reach)
+    return torch.where(wave_around < own_wave[:, None], around, mask_id)
 
 
-def sampler_loss(head, hidden, lm_logits, targets, around, wte):
-    """Cross-entropy of the head at masked places, nats, averaged; its gradient reaches the head alone.
+def spread_choice(n_all, n, generator):
+    """About n of n_all indices, evenly spaced from a random offset, so that every masking ratio has its share."""
+    stride = max(1, n_all // n)
+    return torch.arange(int(torch.randint(stride, (), generator=generator)), n_all, stride)
 
-    hidden (N, C), lm_logits (N, V - 1), targets (N,), around (N, 2k) ids, wte (V, C).
+
+def sampler_examples(model, batch, n_sequences, generator, augment=True):
+    """The masked positions of about n_sequences of a batch, a diffusion.MaskedBatch, as examples for the head.
+
+    generator: of CPU noise. augment adds what plain masks lack. In every other sequence only a part of the masked
+    positions, often none, is to be filled: resampling and rescoring. And half as many sequences again are blank, as
+    every sequence is when decoding begins; the trunk reads one for all of them, for to it they look alike.
     """
-    place = head.window.place(hidden.detach())
-    tables, around = head.window.tables_for(wte, around)
-    logits = head(place, around, tables, lm_logits.detach(), wte[:-1])
-    return F.cross_entropy(logits, targets)
+    (B, T), device = batch.x0.size(), batch.x0.device
+    chosen = spread_choice(B, n_sequences, generator)
+    blank = spread_choice(B, max(1, len(chosen) // 2), generator) if augment else chosen[:0]
+    blank_hidden = model(torch.full((1, T), model.mask_id, device=device))
+    x0 = batch.x0[torch.cat((chosen, blank)).to(device)]
+    mask = torch.cat((batch.mask[chosen.to(device)], torch.ones(len(blank), T, dtype=torch.bool, device=device)))
+    hidden = torch.cat((batch.hidden[chosen.to(device)], blank_hidden.expand(len(blank), -1, -1)))
+
+    resample_mask = mask
+    if augment:
+        share = torch.rand(len(chosen), 1, generator=generator) - 0.3    # below 0 nothing is filled
+        part = torch.rand(len(chosen), T, generator=generator) < share
+        whole = torch.arange(len(chosen)) % 2 == torch.randint(2, (), generator=generator)
+        filled = torch.cat((part | whole[:, None], torch.ones(len(blank), T, dtype=torch.bool)))
+        resample_mask = mask & filled.to(device)
+    with uncast(blank_hidden):    # as the decoder reads it
+        score = confidence(model.lm_head(blank_hidden)).expand(mask.shape)
+    first = first_positions(resample_mask, score, model.config.sampler_min_neighbors_ratio)
+    around = known_neighbors(x0, resample_mask, first, *mask.nonzero(as_tuple=True), model.sampler_head.local.offsets,
+                             model.mask_id)
+    return SamplerExamples(hidden[mask], x0[mask], around)
+
+
+def confidence(logits):
+    """Log-probability of the likeliest token: logits (..., V) -> (...)."""
+    return logits.amax(-1) - logits.logsumexp(-1)
+
+
+def sampler_loss(head, examples, wte):
+    """Cross-entropy of the head on SamplerExamples, nats, averaged; its gradient reaches the head alone. wte (V, C)."""
+    hidden = examples.hidden.detach()
+    tables, around = head.local.tables_for(wte, examples.around)
+    adjusted = head(hidden, head.local.hidden_proj(hidden), around, tables)
+    return F.cross_entropy(F.linear(adjusted, wte[:-1].detach()).float(), examples.targets)
 
 
 # -----------------------------------------------------------------------------
 # decoding
 
 class Wavefront:
-    """Fills masked rows by wavefront: the head's tables are made once, here, and serve every pass.
+    """Fills masked positions by wavefront: the head's tables are made once, here, and serve every forward pass.
 
-    Those of a vocabulary of more than max_tabled tokens would fill the memory: they are made for the tokens of each wave.
+    Those of a vocabulary of more than max_tabled tokens would fill the memory: they are made for the tokens of a wave.
     """
     max_tabled = 8192
 
-    def __init__(self, head, wte, min_neighbors_ratio):
-        self.head, self.wte, self.ratio, self.reach = head, wte, min_neighbors_ratio, head.context
-        self.tables = head.window.tables(wte) if len(wte) <= self.max_tabled else None
+    def __init__(self, model):
+        self.head, self.wte, self.lm_head = model.sampler_head, model.wte.weight, model.lm_head
+        self.first_ratio, self.reach = model.config.sampler_min_neighbors_ratio, model.sampler_head.reach
+        self.tables = self.head.local.tables(self.wte) if len(self.wte) <= self.max_tabled else None
 
-    def fill(self, xt, mask, hidden, lm_logits, u, temperature, top_p):
-        """Fill every masked place.
+    def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
+        """Fill the positions of mask.
 
-        xt, mask (B, T); hidden (B, T, C); lm_logits (B, T, V - 1); u (B, T) uniform.
-        Returns x (B, T) without masks and wave (B, T) int64, when each place was filled (0 known or first).
-        Each masked place costs one evaluation of the head, however many waves there are. First places of rows that know
-        nothing are drawn at temperature 1 (unless it is 0): cool ones would begin every row alike.
+        xt, mask (B, T); hidden (B, T, C); u (B, T) uniform; wave (B, T) int64: when each position is filled, None for
+        the wavefront's own order. Returns x (B, T); wave (B, T), 0 for known positions and for first ones, which the
+        language-model head fills; and the number of sequential steps. Each position costs one evaluation of the head,
+        however many waves there are. First positions are drawn at temperature 1 (unless it is 0): cooler ones would
+        begin every sequence alike.
         """
-        T, k = xt.size(1), self.head.context
-        first = first_places(mask, lm_logits.amax(-1) - lm_logits.logsumexp(-1), self.ratio)
-        wave = wave_numbers(mask, first)
-        flat = mask.flatten().nonzero()[:, 0]
-        number, order = wave.flatten()[flat].sort(stable=True)
-        rows, cols = flat[order] // T, flat[order] % T
-        sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
+        T, reach = xt.size(1), self.reach
         with uncast(hidden):
-            place = self.head.window.place(hidden[rows, cols])
-            lm_logits, u = lm_logits[rows, cols], u[rows, cols]
-            x = pad(xt, k, self.wte.size(0) - 1)
+            if wave is None:
+                wave = wave_numbers(mask, self.first(mask, hidden))
+            flat = mask.flatten().nonzero()[:, 0]
+            number, order = wave.flatten()[flat].sort(stable=True)
+            sequences, positions = flat[order] // T, flat[order] % T
+            sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
+            hidden, u = hidden[sequences, positions], u[sequences, positions]
+            projected = self.head.local.hidden_proj(hidden)
+            x = pad(xt, reach, len(self.wte) - 1)
             start = 0
             for number, size in enumerate(sizes):
-                now = slice(start, start + size)
-                if number == 0:
-                    logits, heat = lm_logits[now], 1.0 if temperature else 0.0
-                else:
-                    logits, heat = self.logits(x, rows[now], cols[now], place[now], lm_logits[now]), temperature
-                x[rows[now], cols[now] + k] = sample(logits, u[now], heat, top_p)
+                drawn = []    # written when the wave is done: its positions do not see each other
+                for part in pieces(size, len(self.wte)):
+                    now = slice(start + part.start, start + part.stop)
+                    at = sequences[now], positions[now]
+                    if number == 0:
+                        logits, heat = self.lm_head(hidden[now]), 1.0 if temperature else 0.0
+                    else:
+                        logits, heat = self.logits(x, at, hidden[now], projected[now]), temperature
+                    drawn.append(sample(logits, u[now], heat, top_p))
+                wave_at = slice(start, start + size)
+                x[sequences[wave_at], positions[wave_at] + reach] = torch.cat(drawn)
                 start += size
-        return x[:, k:k + T], wave
+        return x[:, reach:reach + T], wave, sum(size > 0 for size in sizes)
 
-    def look(self, x, at, hidden, lm_logits):
-        """Probability of placed tokens on a fresh look, both sides known.
+    def first(self, mask, hidden):
+        """Where blank sequences begin, at the positions the trunk is surest of: mask (B, T), hidden (B, T, C)."""
+        score = torch.zeros(mask.shape, device=mask.device)
+        blank = mask.all(1).nonzero()[:, 0]
+        views = hidden[blank].flatten(0, 1)
+        found = [confidence(self.lm_head(views[part])) for part in pieces(len(views), len(self.wte))]
+        score = score.index_copy(0, blank, torch.cat(found).view(-1, mask.size(1)))
+        return first_positions(mask, score, self.first_ratio)
 
-        x (B, T) filled; at: rows and columns (N,); hidden (B, T, C), lm_logits (B, T, V - 1) as the trunk last saw
-        each place masked, so this costs no trunk pass. Returns (N,) float64.
+    def rescore(self, x, at, hidden):
+        """Probability of tokens given their present neighbours on both sides.
+
+        x (B, T) filled; at: sequences and positions (N,); hidden (B, T, C) as the trunk last saw each position masked,
+        so this costs no forward pass. Returns (N,) float64.
         """
         with uncast(hidden):
-            x = pad(x, self.head.context, self.wte.size(0) - 1)
-            logits = self.logits(x, *at, self.head.window.place(hidden[at]), lm_logits[at])
-            return probability(logits, x[at[0], at[1] + self.head.context])
+            padded, hidden = pad(x, self.reach, len(self.wte) - 1), hidden[at]
+            projected = self.head.local.hidden_proj(hidden)
+            return torch.cat([
+                probability(self.logits(padded, (at[0][part], at[1][part]), hidden[part], projected[part]),
+                            x[at[0][part], at[1][part]]) for part in pieces(len(hidden), len(self.wte))])
 
-    def logits(self, x, rows, cols, place, lm_logits):
-        around = look_around(x, rows, cols, self.head.window.offsets, self.head.context)
-        tables, around = (self.tables, around) if self.tables is not None else self.head.window.tables_for(self.wte, around)
-        return self.head(place, around, tables, lm_logits, self.wte[:-1])
+    def logits(self, padded, at, hidden, projected):
+        """The head's logits (N, V - 1) at positions: padded (B, T + 2 reach) ids; hidden (N, C); projected (N, H)."""
+        around = gather_neighbors(padded, *at, self.head.local.offsets, self.reach)
+        tables = self.tables
+        if tables is None:
+            tables, around = self.head.local.tables_for(self.wte, around)
+        return self.lm_head(self.head(hidden, projected, around, tables))
 
 
 def uncast(hidden):

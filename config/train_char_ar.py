@@ -1,8 +1,8 @@
-# the autoregressive baseline and evaluator: the same trunk, causal, kept where its validation loss is best
+# the autoregressive baseline and evaluator: the same trunk, causal
 import torch
 
 out_dir = 'out-char-ar'
-always_save_checkpoint = False
+always_save_checkpoint = False   # keep the checkpoint with the best validation loss: it overfits
 attention_type = 'causal'
 dataset = 'shakespeare_char'
 offline_dataset = 'pydoc_char'

@@ -1,38 +1,53 @@
 """What the tests share: tiny models, a tiny corpus, and the scripts run as a user runs them."""
+import contextlib
+import io
+import json
 import os
 import runpy
+import shutil
 import sys
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import environment    # before torch, as in the scripts
+
+import torch
+
 from corpus import prepare_text
+from diffusion import forward_masked, mask_exactly
 from model import GPT, GPTConfig
 
-TINY = ['config/train_char_diffusion_sampler.py', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=8',
-        '--max_iters=12', '--start_sampler_iteration=3', '--start_critic_iteration=6', '--end_critic_iteration=9', '--eval_interval=6',
-        '--log_interval=1', '--eval_rows=12', '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--dropout=0.0', '--dataset=toy',
-        '--sampler_context=2', '--sampler_width=32']
+torch.set_num_threads(1)    # tiny models gain nothing from more, and lose much beside another busy process
+
+TINY = ['config/train_char_diffusion_sampler.py', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
+        '--batch_size=8', '--max_iters=12', '--start_sampler_iteration=3', '--start_critic_iteration=6',
+        '--end_critic_iteration=9', '--eval_interval=6', '--log_interval=1', '--eval_rows=12', '--warmup_iters=2',
+        '--device=cpu', '--dtype=float32', '--dropout=0.0', '--dataset=toy', '--sampler_context=2',
+        '--sampler_width=32']
+NO_HEADS = ['--add_sampler_head=False', '--add_critic_head=False']
 
 
-@pytest.fixture
-def script(capsys, monkeypatch):
-    """script('train.py', '--x=1') -> (exit status, stdout, stderr), in this process but with fresh globals."""
-    def call(name, *args):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        capsys.readouterr()
+def run_script(name, *args):
+    """Run a script of the repository in this process, with fresh globals -> (exit status, stdout, stderr)."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(ROOT)
+        patch.setattr(sys, 'argv', [name, *map(str, args)])
         try:
             runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
-            status = 0
         except SystemExit as stop:
             status = stop.code or 0
-        return status, *capsys.readouterr()
-    return call
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope='session')
+def script():
+    """script('train.py', '--x=1') -> (exit status, stdout, stderr)."""
+    return run_script
 
 
 @pytest.fixture(scope='session')
@@ -44,12 +59,69 @@ def toy_data(tmp_path_factory):
     return data_dir
 
 
+@pytest.fixture(scope='session')
+def train(toy_data):
+    """train(out_dir, '--x=1') trains a tiny model and returns what it printed; the run must succeed."""
+    def call(out_dir, *args):
+        status, out, err = run_script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
+        assert status == 0, err
+        return out
+    return call
+
+
+@pytest.fixture(scope='session')
+def refused(toy_data):
+    """refused(out_dir, '--x=1') returns the one line on standard error with which train.py stops."""
+    def call(out_dir, *args):
+        status, _, err = run_script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
+        assert status == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+        return err
+    return call
+
+
+@pytest.fixture(scope='session')
+def trained_once(train, tmp_path_factory):
+    """(out_dir, log) of a tiny model that went through all three stages. Read only: `trained` is a copy."""
+    out_dir = tmp_path_factory.mktemp('trained')
+    return out_dir, train(out_dir)
+
+
+@pytest.fixture(scope='session')
+def half_once(train, tmp_path_factory):
+    """out_dir of the same run stopped at iteration 6: the sampler head has begun, the critic's has not. Read only."""
+    out_dir = tmp_path_factory.mktemp('half')
+    train(out_dir, '--max_iters=6', '--lr_decay_iters=12', '--dropout=0.1')
+    return out_dir
+
+
 @pytest.fixture
-def trained(script, toy_data, tmp_path):
-    """out_dir of a tiny model that went through all three stages."""
-    status, _, err = script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}')
-    assert status == 0, err
-    return tmp_path
+def trained(trained_once, tmp_path):
+    """out_dir of a tiny model that went through all three stages: a copy for this test alone."""
+    return shutil.copytree(trained_once[0], tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def half(half_once, tmp_path):
+    """out_dir of a run stopped at iteration 6 of 12: a copy for this test alone."""
+    return shutil.copytree(half_once, tmp_path / 'half')
+
+
+def checkpoint_in(out_dir, name='ckpt.pt'):
+    return torch.load(out_dir / name, weights_only=True)
+
+
+def metrics_in(out_dir):
+    return [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def contents_of(folder):
+    """{file: its bytes}"""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def same_weights(a, b):
+    """Whether two dicts of tensors are the same, bit for bit."""
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def tiny_model(seed=0, heads=True, **changes):
@@ -61,3 +133,27 @@ def tiny_model(seed=0, heads=True, **changes):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return model
+
+
+def tiny_batch(model, B=8, n_masked=12, seed=0):
+    """A MaskedBatch of B sequences of 24 tokens, with n_masked masks in each."""
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(0, model.mask_id, (B, 24), generator=generator)
+    xt, mask = mask_exactly(x0, torch.full((B,), n_masked), model.mask_id, generator)
+    with torch.no_grad():
+        return forward_masked(model, model, x0, xt, mask)
+
+
+def masked_sequences(B=6, T=24, V=12, seed=0):
+    """x0, xt and mask of B sequences that are masked more and more; the last one is blank."""
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(0, V - 1, (B, T), generator=generator)
+    mask = torch.rand(B, T, generator=generator) < torch.linspace(0.2, 1.0, B)[:, None]
+    mask[-1] = True
+    return x0, torch.where(mask, V - 1, x0), mask
+
+
+def blank(model, B=3, T=24):
+    """x (B, T) and free (B, T): sequences to be written from nothing."""
+    x = torch.full((B, T), model.mask_id)
+    return x, x == model.mask_id

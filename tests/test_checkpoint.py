@@ -1,4 +1,4 @@
-"""Checkpoints: self-contained, whole after a kill, and never executed."""
+"""Checkpoints: self-contained, whole after a kill, never executed, never replaced by accident."""
 import os
 import pickle
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import tiny_model
+from conftest import checkpoint_in, contents_of, metrics_in, tiny_model
 from errors import InputError
 
 
@@ -35,27 +35,29 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({'model': Bomb()}, 'zip.pt')
     with open('plain.pt', 'wb') as f:
-        pickle.dump(Bomb(), f)
+        pickle.dump(Bomb(), f, protocol=2)
     for name in ('zip.pt', 'plain.pt'):
         with pytest.raises(InputError, match='no checkpoint of this project'):
             checkpoint.load(name)
     assert not os.path.exists('exploded')
 
 
-@pytest.mark.parametrize('damage', ['missing', 'truncated', 'empty', 'text', 'another dict', 'a folder', 'other weights'])
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'empty', 'text', 'another dict', 'no dict', 'a folder',
+                                    'other weights', 'other arguments'])
 def test_damage_is_one_clear_line(trained, damage):
     path = trained / 'ckpt.pt'
     data = path.read_bytes()
+    saved = checkpoint.load(str(path))
     if damage == 'missing':
         path = trained / 'nowhere.pt'
     elif damage == 'a folder':
         path = trained
-    elif damage == 'another dict':
-        torch.save({'weights': torch.zeros(3)}, path)
-    elif damage == 'other weights':
-        torch.save(checkpoint.load(str(path)) | {'model': tiny_model().state_dict()}, path)
-    else:
+    elif damage in ('truncated', 'empty', 'text'):
         path.write_bytes({'truncated': data[:len(data) // 2], 'empty': b'', 'text': b'hello world'}[damage])
+    else:
+        torch.save({'another dict': {'weights': torch.zeros(3)}, 'no dict': [1, 2],
+                    'other weights': saved | {'model': tiny_model().state_dict()},
+                    'other arguments': saved | {'model_args': {'depth': 3}}}[damage], path)
     with pytest.raises(InputError) as error:
         checkpoint.load_model(str(path))
     assert str(path) in str(error.value) and '\n' not in str(error.value)
@@ -71,3 +73,22 @@ def test_a_kill_while_saving_leaves_the_previous_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, {'iter_num': 2})
     assert torch.load(path, weights_only=True) == {'iter_num': 1}
+
+
+def test_a_new_run_does_not_replace_a_checkpoint(trained, refused, train):
+    """A forgotten --init_from=resume once overwrote days of training: now nothing changes unless it is asked for."""
+    before = contents_of(trained)
+    message = refused(trained, '--max_iters=2')
+    assert all(way in message for way in ('--init_from=resume', '--out_dir', '--overwrite=True'))
+    assert contents_of(trained) == before
+    train(trained, '--max_iters=2', '--overwrite=True', '--eval_interval=2')
+    assert checkpoint_in(trained)['iter_num'] == 2
+    assert {entry['iter'] for entry in metrics_in(trained)} == {0, 1, 2}, 'metrics.jsonl begins anew with it'
+
+
+def test_a_new_run_beside_a_checkpoint_of_another_name_goes_on(trained, train):
+    before = contents_of(trained)
+    train(trained, '--max_iters=1', '--checkpoint_name=second.pt')
+    after = contents_of(trained)
+    assert all(after[name] == data for name, data in before.items())
+    assert set(after) - set(before) == {'second.pt', 'second_best.pt', 'second_metrics.jsonl'}

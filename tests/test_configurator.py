@@ -27,8 +27,19 @@ def test_bad_file(tmp_path, line, message):
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--n_layers=2', "'n_layers'.*'n_layer'"), ('--n_layer=two', "'n_layer'.*int"), ('--compile=yes', "'compile'.*bool"),
-    ('--n_layer', 'key=value'), ('-n_layer=2', 'key=value'), ('nowhere.py', 'no config file')])
+    ('--n_layers=2', "'n_layers'.*'n_layer'"), ('--n_layer=two', "'n_layer'.*int"),
+    ('--compile=yes', "'compile'.*bool"), ('--n_layer', 'key=value'), ('-n_layer=2', 'key=value'),
+    ('nowhere.py', 'no config file')])
 def test_bad_command_line(flag, message):
     with pytest.raises(InputError, match=message):
         configure(DEFAULTS, [flag])
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--n_head=3'], 'n_embd=32 with n_head=3'), (['--attention_type=sideways'], "attention_type='sideways'"),
+    (['--init_from=gpt2'], "init_from='gpt2'"), (['--attention_type=causal'], 'heads need attention_type=bidirec'),
+    (['--add_sampler_head=False', '--add_critic_head=False', '--freeze_trunk=True'], 'freeze_trunk=True without'),
+    (['--generator_checkpoint=x.pt'], 'generator_checkpoint'), (['--batch_size=0'], 'batch_size=0'),
+    (['--sampler_min_neighbors_ratio=2'], 'sampler_min_neighbors_ratio=2'), (['--block_size=100000'], '100000')])
+def test_settings_that_cannot_go_together(refused, tmp_path, flags, message):
+    assert message in refused(tmp_path, *flags) and not list(tmp_path.iterdir())

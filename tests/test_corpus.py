@@ -14,7 +14,8 @@ from errors import InputError
 
 
 def prepare(*args):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'data/text_char/prepare.py'), *map(str, args)], capture_output=True, text=True)
+    command = [sys.executable, os.path.join(ROOT, 'data/text_char/prepare.py'), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_any_text_there_and_back(tmp_path):
@@ -31,7 +32,8 @@ def test_any_text_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize('data, message', [
-    (b'', 'is empty'), (b'aaaa', 'one distinct character'), (b'\xff\xfe\x00abc', 'not UTF-8'), (b'ELF\0\0text', 'binary'), (None, 'cannot read')])
+    (b'', 'is empty'), (b'aaaa', 'one distinct character'),
+    (b'\xff\xfe\x00abc', 'not UTF-8'), (b'ELF\0\0text', 'binary'), (None, 'cannot read')])
 def test_what_cannot_be_a_corpus(tmp_path, data, message):
     file = tmp_path / 'my.txt'
     if data is not None:

@@ -1,4 +1,4 @@
-"""The instruments themselves: exact answers on a chain whose distribution is known, and a table that cannot be gamed."""
+"""The instruments: exact answers on a chain whose distribution is known, and a comparison that cannot be gamed."""
 import json
 import math
 import re
@@ -10,13 +10,14 @@ import torch
 
 import autoregressive
 import diffusion
+import evaluate
 import metrics
-from conftest import TINY
-from diffusion import Decoder, decode_block, linear_ratios
-from evaluate import admitted, frontier, grid, outdone, sentence
+import report
+from conftest import NO_HEADS
+from decoding import DecoderConfig, decode_block, linear_ratios
 
 T, LETTERS = 48, 3
-STEP = np.array([[0.8, 0.15, 0.05], [0.1, 0.7, 0.2], [0.25, 0.05, 0.7]])    # row: the last letter, column: the next one
+STEP = np.array([[0.8, 0.15, 0.05], [0.1, 0.7, 0.2], [0.25, 0.05, 0.7]])    # [last letter, next letter]
 
 
 def stationary():
@@ -29,7 +30,7 @@ def entropy_per_token():
     return (-(p * np.log(p)).sum() + (T - 1) * rate) / T, rate
 
 
-def chain_rows(n, seed):
+def chain_sequences(n, seed):
     rng = np.random.default_rng(seed)
     x = np.empty((n, T), np.int64)
     x[:, 0] = rng.choice(LETTERS, n, p=stationary())
@@ -39,7 +40,7 @@ def chain_rows(n, seed):
 
 
 class Perfect(torch.nn.Module):
-    """The exact denoiser of the chain: a place's distribution given the nearest visible letters on both sides."""
+    """The exact denoiser of the chain: each position's distribution given the nearest visible letters on both sides."""
     mask_id, sampler_head, critic_head = LETTERS, None, None
     config = SimpleNamespace(block_size=T)
 
@@ -59,7 +60,7 @@ class Perfect(torch.nn.Module):
         return logits
 
     def lm_head(self, hidden):
-        return hidden
+        return hidden.float()
 
 
 class PerfectCausal:
@@ -75,195 +76,316 @@ def evaluator_nll(x):
 
 
 def test_bound_of_a_perfect_denoiser_is_the_entropy():
-    """With the exact conditionals the bound is tight: it equals the entropy of a row, to four standard errors."""
-    result = diffusion.validate(Perfect(), chain_rows(400, 0), 50, seed=0)
+    """With the exact conditionals the bound is tight: it equals a sequence's entropy, to four standard errors."""
+    result = diffusion.validate(Perfect(), chain_sequences(400, 0), 50, seed=0)
     assert result['nelbo_error'] < 0.02
     assert abs(result['nelbo'] - entropy_per_token()[0]) < 4 * result['nelbo_error']
 
 
 def test_evaluators_nll_of_exact_samples_is_the_entropy_rate():
     """Four standard errors: fails by luck once in 16,000, and the seed is fixed."""
-    mean, error = metrics.mean_error(evaluator_nll(chain_rows(2000, 1)).tolist())
+    mean, error = metrics.mean_error(evaluator_nll(chain_sequences(2000, 1)).tolist())
     assert error < 0.01 and abs(mean - entropy_per_token()[1]) < 4 * error
 
 
 def test_a_decoder_known_to_be_wrong_scores_worse():
-    """Even a perfect denoiser is wrong in one pass, where letters are drawn independently; one letter a pass is exact."""
-    model, x = Perfect(), torch.full((60, T), LETTERS)
+    """Even a perfect denoiser is wrong in one pass, where letters are drawn alone; one letter a pass is exact."""
+    model, x = Perfect(), torch.full((24, T), LETTERS)
+
     def decode(passes):
-        decoder = Decoder(use_sampler=False, order='random', ratios=tuple(linear_ratios(passes, 1 - 1 / passes, 1 / passes)))
-        return metrics.mean_error(evaluator_nll(decode_block(model, x, x == LETTERS, decoder, range(60), range(T))[0]).tolist())
+        ratios = tuple(evaluate.mask_ratios('even', passes))
+        config = DecoderConfig(use_sampler=False, order='random', mask_ratios=ratios)
+        decoded = decode_block(model, x, x == LETTERS, config, range(24), range(T))
+        return metrics.mean_error(evaluator_nll(decoded.x).tolist())
     (wrong, wrong_error), (exact, exact_error) = decode(1), decode(T)
     assert abs(exact - entropy_per_token()[1]) < 4 * exact_error
     assert wrong > exact + 0.3 and wrong_error < 0.1
 
 
-REAL = ['the quick brown fox jumps over a lazy dog and then sleeps. ', 'a cat sat on the mat while it was raining hard outside. ',
-        'we shall see what the morrow brings to them and to us all. ', 'her brother never wrote again, though he said he might do. ']
+# -----------------------------------------------------------------------------
+# what is measured
+
+def test_every_setting_differs_in_what_it_does():
+    settings = evaluate.list_settings(list(evaluate.RECIPES), (), (0.8, 1.0), length=256)
+    assert len({s.key for s in settings}) == len(settings)
+    assert len({s.curve for s in settings}) == len(settings) / 2
+    configs = [str(s.decoder_config(1)) for s in settings if s.decoder != evaluate.BASELINE]
+    assert len(set(configs)) == len(configs)
+    assert all(s.decoder_config(1).passes == s.passes for s in settings if s.decoder != evaluate.BASELINE)
+    assert sum(s.decoder == evaluate.BASELINE for s in settings) == 2 and settings[0].passes == 255
 
 
-def test_a_degenerate_generator_is_exposed():
-    """One phrase repeated has the best NLL and perfect spelling; its diversity keeps it off the frontier."""
-    vocabulary = {w for text in REAL for w in metrics.words_of(text)}
-    real = metrics.describe(REAL, [2.0, 2.1, 1.9, 2.0], vocabulary)
-    phrase = metrics.describe(['the the the the the the the the the the the the the the th'] * 4, [0.1] * 4, vocabulary)
-    assert phrase['nll'][0] < real['nll'][0] and phrase['spelt'][0] == 1
-    assert phrase['entropy'][0] < real['entropy'][0] - 1 and phrase['distinct4'][0] < 0.1 * real['distinct4'][0]
-    floor = {'entropy': real['entropy'][0] - 0.2, 'distinct4': 0.75 * real['distinct4'][0]}
-    cells = [dict(decoder='naive', passes=4, **phrase), dict(decoder='wavefront', passes=4, **real)]
-    assert [admitted(c, floor) for c in cells] == [False, True]
-    lines = frontier(cells, floor)
-    assert 'naive' not in lines and lines['wavefront'] == [cells[1]]
-    assert sentence(lines).startswith('no comparison')
+def test_passes_that_are_asked_for_are_measured():
+    settings = evaluate.list_settings(['wavefront'], (64,), (1.0,), length=256)
+    assert [s.passes for s in settings] == [255, 64]
+    assert all(s.passes <= 16 for s in evaluate.list_settings(['wavefront'], (), (1.0,), length=256)[1:])
+    with pytest.raises(evaluate.InputError, match='naive-confidence nothing to do'):
+        evaluate.list_settings(['naive-confidence'], (1,), (1.0,), length=256)
 
 
-def test_the_sentence_counts_passes_and_seconds():
-    cell = lambda decoder, passes, nll, seconds: dict(decoder=decoder, passes=passes, nll=[nll, 0.01], seconds=seconds, order='noise',
-                                                      entropy=[3, 0], distinct4=[1, 0])
-    cells = [cell('naive', 4, 3.0, 1.0), cell('naive', 64, 2.0, 12.0), cell('wavefront', 2, 2.5, 0.5), cell('wavefront', 4, 1.9, 1.2)]
-    assert '16 times the passes and 10.0 times the seconds' in sentence(frontier(cells, {'entropy': 2}))
-    assert 'does not reach' in sentence(frontier(cells[:3], {'entropy': 2}))
-    corrected = cell('corrected', 1, 1.9, 1.5)
-    assert '64 times the passes and 8.0 times the seconds' in sentence(frontier(cells + [corrected], {'entropy': 2}))
+def test_schedules_by_hand():
+    assert evaluate.mask_ratios('even', 4) == pytest.approx([0.75, 0.5, 0.25])
+    assert evaluate.mask_ratios('cosine', 3) == pytest.approx([math.cos(math.pi / 6), math.cos(math.pi / 3)])
+    assert evaluate.mask_ratios('0.7-0.1', 4) == pytest.approx([0.7, 0.4, 0.1]) == linear_ratios(4, 0.7, 0.1)
+    assert all(evaluate.mask_ratios(name, 1) == [] for name in ('even', 'cosine', '0.7-0.1'))
 
 
-def test_every_naive_cell_must_be_beaten_at_everything_at_once():
-    cell = lambda decoder, passes, nll, entropy: dict(decoder=decoder, passes=passes, nll=[nll, 0], entropy=[entropy, 0], distinct4=[1, 0], spelt=[1, 0])
-    naive = [cell('naive', 1, 3.0, 3.3), cell('naive', 64, 2.0, 2.9)]
-    assert outdone(naive + [cell('wavefront', 2, 1.9, 3.0)]) is None
-    assert outdone(naive + [cell('wavefront', 2, 1.9, 3.0), cell('wavefront', 1, 2.9, 3.3)]) == 2
-    assert outdone([cell('wavefront', 2, 1.9, 3.0)]) is None
+# -----------------------------------------------------------------------------
+# reading curves: likelihood and diversity both vary with temperature
+
+def measure(value, spread=0.01, seed=0):
+    """A measure with this value and eight replicates around it."""
+    noise = np.random.default_rng(seed).standard_normal(8)
+    return {'value': value, 'error': spread, 'replicates': list(value + spread * (noise - noise.mean()) / 3)}
 
 
-def test_measures_by_hand():
-    assert metrics.unigram_entropy(['ab', 'ab']) == pytest.approx(math.log(2))
-    assert metrics.distinct_ngrams(['abcde', 'abcd']) == pytest.approx(2 / 3)
-    assert metrics.distinct_ngrams(['aaaa' * 10], characters=8) == pytest.approx(1 / 5)
-    assert metrics.whole_words("cut don't stop xyz at") == ["don't", 'stop', 'xyz']
-    assert metrics.spelling(["cut don't stop xyz at"], {"don't", 'stop', 'cut'}) == pytest.approx((2 / 3, 3 / 12))
-    assert metrics.mean_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
+def real_text():
+    return {'nll': measure(1.5), 'nll_ngram': measure(1.6), 'distinct4': measure(0.5, 0.001),
+            'entropy': measure(3.3, 0.001)}
 
 
-def test_grid_has_one_cell_for_each_thing_that_differs():
-    cells = grid(('naive', 'wavefront', 'corrected'), ('random', 'confidence', 'remask'), (1, 4), ((1.0, 1.0),))
-    assert len({c.key for c in cells}) == len(cells) == 2 * (1 + 1 + 1 + 2) + (1 + 2)
-    assert linear_ratios(4, 0.75, 0.25) == pytest.approx([0.75, 0.5, 0.25])
+def setting(decoder, passes, temperature, nll, distinct, entropy=3.3, seconds=1.0, schedule='even', seed=0):
+    return {'decoder': decoder, 'passes': passes, 'schedule': schedule, 'noise': 0.0, 'temperature': temperature,
+            'curve': f'{decoder} {passes} {schedule}', 'seconds_1': seconds / 4, 'seconds_batch': seconds,
+            'measures': {'nll': measure(nll, seed=seed), 'nll_ngram': measure(nll + 0.1, seed=seed + 50),
+                         'distinct4': measure(distinct, 0.003, seed + 100),
+                         'entropy': measure(entropy, 0.003, seed + 200)}}
+
+
+def line(decoder, passes, offset=0.0, slope=2.0, distinct=(0.3, 0.42, 0.54, 0.66), **more):
+    """A curve on which NLL rises with temperature and diversity: nll = 1 + offset + slope (distinct - 0.3)."""
+    return [setting(decoder, passes, 0.6 + 0.2 * i, 1 + offset + slope * (d - 0.3), d, **more)
+            for i, d in enumerate(distinct)]
+
+
+def test_a_figure_is_read_off_where_the_curve_enters_the_band():
+    """0.45 distinct 4-grams, nine tenths of real text's, lie a quarter of the way from 0.42 to 0.54."""
+    point = report.read_curve(line('naive-random', 4), real_text())
+    assert point['distinct4'] == pytest.approx(0.45) and point['nll'] == pytest.approx(1.3)
+    assert point['temperature'] == pytest.approx(0.85) and point['nll_ngram'] == pytest.approx(1.4)
+
+
+def test_the_band_has_two_sides_and_two_measures():
+    read = lambda **curve: report.read_curve(line('naive-random', 4, **curve), real_text())
+    assert read(distinct=(0.1, 0.2, 0.3, 0.44)) is None, 'never diverse enough'
+    assert read(distinct=(0.56, 0.6, 0.7, 0.8)) is None, 'noise is diverse too'
+    assert read(entropy=3.19) is None and read(entropy=3.41) is None
+    assert read(entropy=3.21) is not None
+    assert read(distinct=(0.2, 0.8))['distinct4'] == pytest.approx(0.45), 'between two points outside'
+    both = [setting('x', 4, 0.8, 1.0, 0.45, 3.0), setting('x', 4, 1.0, 2.0, 0.55, 3.4)]    # entropy enters later
+    assert report.read_curve(both, real_text())['nll'] == pytest.approx(1.5)
+
+
+def test_one_temperature_counts_where_it_lies_in_the_band():
+    assert report.read_curve(line('naive-random', 4)[:1], real_text()) is None
+    assert report.read_curve([setting('x', 4, 1.0, 1.7, 0.5)], real_text())['nll'] == 1.7
+
+
+def test_repetition_buys_no_figure():
+    """One phrase repeated has the best NLL and only known words; its diversity leaves it without a figure."""
+    texts = ['the quick brown fox jumps over a lazy dog and then sleeps. ',
+             'a cat sat on the mat while it was raining hard outside. ',
+             'we shall see what the morrow brings to them and to us all. ',
+             'her brother never wrote again, though he said he might do. ']
+    reference = metrics.Reference.of(' '.join(texts), texts)
+    scores = {'nll': [2.0, 2.1, 1.9, 2.0], 'nll_ngram': [2.0, 2.1, 1.9, 2.0]}
+    real = metrics.describe(texts, scores, reference)
+    phrase = metrics.describe(['the ' * 14] * 4, {'nll': [0.1] * 4, 'nll_ngram': [0.1] * 4}, reference)
+    assert phrase['nll']['value'] < real['nll']['value'] and phrase['in_vocabulary_words']['value'] == 1
+    assert phrase['repeated_within']['value'] > 0.8 and phrase['repeated_across']['value'] == 1
+    named = dict(decoder='naive-random', passes=4, schedule='', noise=0.0, curve='', temperature=1.0, seconds_1=1,
+                 seconds_batch=1)
+    assert report.best_points([named | {'measures': phrase}], real) == {('naive-random', 4): None}
+    assert report.best_points([named | {'measures': real}], real)[('naive-random', 4)]['nll']['value'] == 2.0
+
+
+def test_a_decoder_gets_its_best_schedule():
+    settings = line('naive-remask', 4, 0.3) + line('naive-remask', 4, 0.1, schedule='cosine')
+    points = report.best_points(settings + line('wavefront', 1, distinct=(0.1, 0.2)), real_text())
+    assert points[('naive-remask', 4)]['schedule'] == 'cosine' and points[('wavefront', 1)] is None
+
+
+def test_errors_count_where_the_curve_enters_the_band():
+    """With every replicate's NLL the same, its error at the band comes from diversity alone; outside, it is nan."""
+    curve = line('naive-random', 4)
+    for s in curve:
+        s['measures']['nll']['replicates'] = [s['measures']['nll']['value']] * 8
+    point = report.at_real_diversity(curve, real_text())
+    assert point['nll']['error'] > 0
+    barely = line('naive-random', 4, distinct=(0.2, 0.3, 0.4, 0.4501))
+    assert math.isnan(report.at_real_diversity(barely, real_text())['nll']['error'])
+
+
+def test_the_error_of_a_difference_is_that_of_repeated_experiments():
+    """Two decoders share noise: the jackknife's error of their difference against its spread over 80 trials."""
+    rng, differences, errors, n, groups = np.random.default_rng(3), [], [], 64, 8
+
+    def replicated(samples):
+        parts = [samples[np.arange(n) % groups != g].mean() for g in range(groups)]
+        return {'value': samples.mean(), 'error': 0, 'replicates': parts}
+    for _ in range(80):
+        common, points = rng.standard_normal((n, 2)), []
+        real = real_text() | {'distinct4': replicated(0.5 + 0.02 * rng.standard_normal(n))}
+        for offset in (0.0, 0.2):
+            curve = []
+            for s in line('x', 4, offset):
+                own = common * 0.5 + 0.5 * rng.standard_normal((n, 2))
+                s['measures']['nll'] = replicated(s['measures']['nll']['value'] + 0.2 * own[:, 0])
+                s['measures']['distinct4'] = replicated(s['measures']['distinct4']['value'] + 0.1 * own[:, 1])
+                curve.append(s)
+            real['nll'] = curve[0]['measures']['nll']
+            for s in curve:
+                s['measures']['entropy'] = replicated(np.full(n, 3.3))
+            points.append(report.at_real_diversity(curve, real | {'entropy': replicated(np.full(n, 3.3))}))
+        value, error = report.difference(*points, 'nll')
+        differences.append(value)
+        errors.append(error)
+    assert np.mean(differences) == pytest.approx(0.2, abs=0.02)
+    assert 0.7 < np.sqrt(np.mean(np.square(errors))) / np.std(differences, ddof=1) < 1.4
+
+
+def test_the_sentences_compare_both_evaluators_and_seconds():
+    curves = [line('naive-random', 4, 0.5), line('naive-remask', 64, 0.2, seconds=12.0, seed=1),
+              line('wavefront', 1, 0.4, seed=2), line('wavefront-critic', 4, 0.1, seconds=1.5, seed=3),
+              line('wavefront-critic', 16, seconds=4.0, seed=4), line('ar_baseline', 255, -0.1, seconds=2.0, seed=5)]
+    text = report.sentences(report.best_points(sum(curves, []), real_text()), batch=32)
+    assert 'naive-remask with 64 forward passes, has 1.50' in text
+    error = r' ±0\.0\d+'
+    assert re.search(rf'wavefront-critic with 4 forward passes has 1\.40\d{error}: 0\.(10|09)\d{error} lower by', text)
+    assert '1.50 s against 12.00 s for 32 samples and 0.38 s against 3.00 s for one' in text
+    assert 'Its best, wavefront-critic with 16 forward passes' in text
+    assert re.search(rf'autoregressive baseline has 1\.20.*is 0\.(10|09)\d{error} higher by', text, re.S)
+
+
+def test_no_claim_without_real_diversity():
+    real, flat = real_text(), dict(distinct=(0.1, 0.15, 0.2, 0.25))
+    say = lambda *curves: report.sentences(report.best_points(sum(curves, []), real), batch=32)
+    naive = line('naive-random', 4)
+    assert 'no claim' in say(naive, line('wavefront', 4, **flat))
+    assert say(line('naive-random', 4, **flat), line('wavefront', 4, -0.5)).startswith('No naive decoder')
+    assert re.search(r'0\.(50|49)\d ±0\.0\d+ higher by the autoregressive', say(naive, line('wavefront', 4, 0.5)))
+    points = report.best_points(naive + line('wavefront', 4, **flat), real)
+    assert report.entries(points)[1] == {'decoder': 'wavefront', 'passes': 4}
+    assert report.entries(points)[0]['nll'] == pytest.approx(1.3) and report.entries(points)[0]['nll_error'] > 0
+    lines = report.table(real, points, 32).splitlines()
+    assert len({text.count('|') for text in lines}) == 1
+    assert lines[-1] == '| wavefront, 4 forward passes | - | - | - | - | - | - | - |'
 
 
 # -----------------------------------------------------------------------------
 # by command line
 
 @pytest.fixture(scope='module')
-def models(tmp_path_factory, toy_data):
+def models(train, trained_once, tmp_path_factory):
     """Folder with generator/, ar/ and judge/, trained a few steps."""
-    import runpy
-    import sys
-    from conftest import ROOT
     folder = tmp_path_factory.mktemp('models')
-    small = [*TINY, f'--data_dir={toy_data}']
-    off = ['--add_sampler_head=False', '--add_critic_head=False']
-    argv, sys.argv = sys.argv, None
-    for name, args in (('generator', []), ('ar', [*off, '--attention_type=causal']),
-                       ('judge', [*off, '--model_mode=sequence_scorer', f'--generator_checkpoint={folder}/generator/ckpt.pt'])):
-        sys.argv = ['train.py', f'{ROOT}/{small[0]}', *small[1:], *args, f'--out_dir={folder}/{name}']
-        runpy.run_path(f'{ROOT}/train.py', run_name='__main__')
-    sys.argv = argv
+    (folder / 'generator').symlink_to(trained_once[0])
+    train(folder / 'ar', *NO_HEADS, '--attention_type=causal')
+    generator = f'--generator_checkpoint={folder}/generator/ckpt.pt'
+    train(folder / 'judge', *NO_HEADS, '--model_mode=sequence_scorer', generator)
     return folder
 
 
 @pytest.fixture
-def evaluate(script, models, toy_data, tmp_path):
+def call(script, models, toy_data, tmp_path):
+    """call('--seed', 1, checkpoint='ar') runs evaluate.py on tiny models -> (exit status, stdout, stderr)."""
     def call(*args, checkpoint='generator', evaluator='ar'):
-        return script('evaluate.py', '--checkpoint', models / checkpoint / 'ckpt.pt', '--evaluator', models / evaluator / 'ckpt.pt',
-                      '--data-dir', toy_data, '--out-dir', tmp_path, '--num-samples', 4, '--dtype', 'float32', *args)
+        return script('evaluate.py', '--checkpoint', models / checkpoint / 'ckpt.pt', '--data-dir', toy_data,
+                      '--evaluator', models / evaluator / 'ckpt.pt', '--num-samples', 4, '--dtype', 'float32',
+                      '--out-dir', tmp_path, *args)
     return call
 
 
-def test_a_table_a_plot_and_a_file(evaluate, models, tmp_path):
-    flags = ['--passes', '1,2', '--orders', 'random,remask,critic', '--temperatures', '1,1-0.2', '--judge', models / 'judge' / 'ckpt.pt',
-             '--entropy-slack', 9, '--distinct-slack', 1]
-    status, out, err = evaluate(*flags)
+def test_a_table_two_figures_and_a_file(call, models, tmp_path):
+    flags = ['--passes', '1,2', '--decoders', 'naive-random,wavefront', '--temperatures', '0.8,1',
+             '--judge', models / 'judge' / 'ckpt.pt']
+    status, out, err = call(*flags)
     assert status == 0, err
     assert re.search(r'validation NELBO \d\.\d+ ±\d\.\d+ nats per token, \d\.\d+ ±\d\.\d+ bits per character', out)
-    assert '| real text |' in out and '| autoregressive, temperature 1 |' in out and '| wavefront, 2 trunk passes (' in out
-    assert 'wavefront' in out.splitlines()[-1]
+    for name in ('real text |', 'wavefront, 2 forward passes', 'ar_baseline, 31 forward passes |'):
+        assert f'| {name}' in out
     result = json.loads((tmp_path / 'evaluation.json').read_text())
-    assert len(result['cells']) == 2 * (1 + 2 * (1 + 2 + 2)) + 2 * (1 + 2 * 2) and all(0 <= c['judge'][0] <= 1 for c in result['cells'].values())
-    assert (tmp_path / 'frontier.png').stat().st_size > 5000 and (tmp_path / 'frontier.svg').exists()
+    assert len(result['settings']) == 2 * (1 + 2 + 2)
+    for setting in result['settings'].values():
+        assert 0 <= setting['measures']['judge']['value'] <= 1
+        assert setting['seconds_1'] > 0 and setting['seconds_batch'] > 0
+    for name in ('curves', 'frontier'):
+        assert (tmp_path / f'{name}.png').stat().st_size > 5000 and (tmp_path / f'{name}.svg').exists()
+    assert '| real text |' in (tmp_path / 'report.md').read_text()
+    entries = json.loads((tmp_path / 'report.json').read_text())
+    assert [(e['decoder'], e['passes']) for e in entries][0] == ('ar_baseline', 31) and len(entries) == 5
 
-    # what is finished is kept: a grid that goes on, or is wider, measures the rest alone
-    gone = sorted(result['cells'])[0]
-    del result['cells'][gone]
-    for cell in result['cells'].values():
-        cell['seconds'] = 123.0
+    # what is measured is kept: a run that goes on measures the rest alone
+    gone = sorted(result['settings'])[0]
+    del result['settings'][gone]
+    for setting in result['settings'].values():
+        setting['seconds_batch'] = 123.0
     (tmp_path / 'evaluation.json').write_text(json.dumps(result))
-    assert evaluate(*flags)[0] == 0
-    again = json.loads((tmp_path / 'evaluation.json').read_text())['cells']
-    assert again[gone]['seconds'] != 123.0 and sum(c['seconds'] == 123.0 for c in again.values()) == len(again) - 1
+    assert call(*flags)[0] == 0
+    again = json.loads((tmp_path / 'evaluation.json').read_text())['settings']
+    assert [key for key, setting in again.items() if setting['seconds_batch'] != 123.0] == [gone]
+
+    # results of another seed, or of other code, are not replaced unless that is asked for
+    before = (tmp_path / 'evaluation.json').read_bytes()
+    status, _, err = call(*flags, '--seed', 7)
+    assert status == 2 and err.count('\n') == 1 and '--overwrite' in err
+    assert 'seed 1337, now 7' in err and 'code' not in err
+    result['identity']['code'] = 'another'
+    (tmp_path / 'evaluation.json').write_text(json.dumps(result))
+    status, _, err = call(*flags)
+    assert status == 2 and 'code another, now' in err and 'seed' not in err
+    (tmp_path / 'evaluation.json').write_bytes(before)
+    assert call('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--seed', 7, '--overwrite')[0] == 0
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['identity']['seed'] == 7
+
+
+def test_results_that_cannot_be_read_are_not_replaced(call, tmp_path):
+    (tmp_path / 'evaluation.json').write_text('{"half')
+    status, _, err = call('--passes', 1, '--decoders', 'wavefront')
+    assert status == 2 and 'cannot be read as results' in err and (tmp_path / 'evaluation.json').read_text() == '{"half'
+
+
+def test_code_version_moves_with_the_code(monkeypatch):
+    version = evaluate.code_version()
+    assert version == evaluate.code_version()
+    monkeypatch.setattr(evaluate, 'SOURCES', evaluate.SOURCES[1:])
+    assert version != evaluate.code_version()
 
 
 @pytest.mark.parametrize('flags, models_of, message', [
-    (['--num-samples', '0'], {}, '--num-samples is 0'), (['--orders', 'sideways'], {}, '--orders has sideways'), (['--passes', '1,x'], {}, "'1,x'"),
-    (['--decoders', 'oracle'], {}, '--decoders has oracle'), (['--decoders', 'corrected', '--orders', 'random'], {}, 'nothing to measure'),
-    (['--corrections', '0'], {}, '--corrections is 0'), (['--temperatures', '0.8-'], {}, "'0.8-'"), (['--temperatures', '1-0.8-x'], {}, "'1-0.8-x'"),
-    (['--temperatures', '1,0.8-0'], {}, '--temperatures has 0.8-0'), (['--passes', '0'], {}, '--passes has 0'), ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
+    (['--num-samples', '0'], {}, '--num-samples is 0'), (['--passes', '1,x'], {}, "'1,x'"),
+    (['--passes', '0'], {}, "'0'"),
+    (['--decoders', 'oracle'], {}, '--decoders has oracle'), (['--seed', '-1'], {}, '--seed is -1'),
+    (['--decoders', 'naive-remask', '--passes', '1'], {}, 'naive-remask nothing to do'),
+    (['--temperatures', '0.8,-1'], {}, "'0.8,-1'"), (['--temperatures', 'nan'], {}, "'nan'"),
+    ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
     ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'), (['--judge', 'nowhere.pt'], {}, 'no checkpoint')])
-def test_bad_input(evaluate, flags, models_of, message):
-    status, _, err = evaluate(*flags, **models_of)
+def test_bad_input(call, flags, models_of, message):
+    status, _, err = call(*flags, **models_of)
     assert status == 2 and message in err and err.count('\n') == 1
 
 
-def test_another_vocabulary_is_refused(evaluate, models, script, tmp_path):
+def test_a_head_that_is_missing(call, models, train):
+    if not (models / 'plain').exists():
+        train(models / 'plain', *NO_HEADS)
+    status, _, err = call('--decoders', 'wavefront', checkpoint='plain')
+    assert status == 2 and 'no sampler head, which --decoders wavefront needs' in err
+    args = SimpleNamespace(decoders=tuple(evaluate.RECIPES), named=False)
+    plain = SimpleNamespace(sampler_head=None, critic_head=None)
+    assert all(name.startswith('naive') for name in evaluate.usable_decoders(args, plain))
+
+
+def test_another_vocabulary_is_refused(call, models, script, tmp_path):
     saved = torch.load(models / 'ar' / 'ckpt.pt', weights_only=True)
     saved['corpus'] = saved['corpus'] | {'name': 'other', 'chars': saved['corpus']['chars'][::-1]}
     torch.save(saved, tmp_path / 'ckpt.pt')
-    status, _, err = evaluate('--evaluator', tmp_path / 'ckpt.pt')
+    status, _, err = call('--evaluator', tmp_path / 'ckpt.pt')
     assert status == 2 and "'other', whose vocabulary" in err
-    status, _, err = script('sample_simple.py', '--out-dir', models / 'generator', '--quality-metric', 'judge', '--judge-checkpoint-name', tmp_path / 'ckpt.pt')
+    status, _, err = script('sample_simple.py', '--out-dir', models / 'generator', '--quality-metric', 'judge',
+                            '--judge-checkpoint-name', tmp_path / 'ckpt.pt')
     assert status == 2 and "'other', whose vocabulary" in err
 
 
-# -----------------------------------------------------------------------------
-# the judge
-
-@pytest.mark.parametrize('name, meaning', [('judge', 'share of intact tokens, 0 to 1, high is good'), ('ar', 'bits per character.*low is good')])
-def test_both_kinds_of_judge(script, models, name, meaning):
-    status, out, err = script('sample_simple.py', '--out-dir', models / 'generator', '--num-samples', 3, '--sequence-length', 80, '--no-progress',
-                              '--iterations', 2, '--quality-metric', 'judge', '--judge-checkpoint-name', models / name / 'ckpt.pt')
-    assert status == 0, err
-    assert re.search(meaning, out) and len(re.findall(r'--- sample \d, quality \d', out)) == 3
-
-
-def test_what_cannot_judge(script, models):
-    base = ['sample_simple.py', '--out-dir', models / 'generator', '--quality-metric', 'judge']
-    for args, message in (([], 'wanted both'), (['--judge-checkpoint-name', 'ckpt.pt'], 'wanted a judge')):
-        status, _, err = script(*base, *args)
-        assert status == 2 and message in err
-
-
-def test_judges_rows_say_what_is_intact():
-    from conftest import tiny_model
-    from judge import make_rows
-    x0 = torch.randint(0, 11, (8, 24), generator=torch.Generator().manual_seed(0))
-    x, intact = make_rows(tiny_model(), x0, np.random.default_rng(0))
-    assert torch.equal(intact, x == x0) and (x < 11).all()
-    assert intact.all(1).any(), 'one row stays whole'
-    assert (intact.float().mean(1) < 0.6).any()
-
-
-def test_a_judge_starts_from_its_generators_trunk():
-    from conftest import tiny_model
-    from judge import start_from
-    generator = tiny_model(seed=1)
-    fresh = tiny_model(seed=2, heads=False, model_mode='sequence_scorer')
-    assert start_from(fresh, generator)
-    x = torch.randint(0, 11, (2, 24), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(fresh(x), generator(x))
-    assert not start_from(tiny_model(heads=False, model_mode='sequence_scorer', n_layer=1), generator)
-
-
-def test_rank_correlation_by_hand():
-    from judge import rank_correlation
-    assert rank_correlation(torch.tensor([1.0, 2, 3, 10]), torch.tensor([0.1, 0.2, 0.3, 0.4])) == pytest.approx(1)
-    assert rank_correlation(torch.tensor([3.0, 2, 1]), torch.tensor([0.1, 0.2, 0.3])) == pytest.approx(-1)
-    assert rank_correlation(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 3])) == pytest.approx(0.8660254)
+def test_help_names_every_default_once(script):
+    status, out, _ = script('evaluate.py', '--help')
+    assert status == 0 and 'None' not in out and ' '.join(out.split()).count('(default: out-evaluation)') == 1

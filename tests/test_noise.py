@@ -1,8 +1,9 @@
-"""Noise belongs to places, and sampling with it is exact."""
+"""Noise belongs to positions, seeds to the parts of a run, and sampling with it is exact."""
 import pytest
 import torch
 
-from noise import probability, sample, uniform
+import noise
+from noise import derive, pieces, probability, sample, uniform
 
 
 def test_noise_does_not_depend_on_company():
@@ -13,7 +14,7 @@ def test_noise_does_not_depend_on_company():
 
 @pytest.mark.parametrize('change', [dict(seed=8), dict(stream=1), dict(step=4)])
 def test_noise_differs_where_anything_differs(change):
-    settings = dict(seed=7, stream=0, rows=range(5), step=3, positions=range(10))
+    settings = dict(seed=7, stream=0, sequences=range(5), step=3, positions=range(10))
     a, b = uniform(**settings), uniform(**settings | change)
     assert (a != b).all()
 
@@ -25,6 +26,23 @@ def test_noise_is_uniform_and_uncorrelated():
     assert abs(u.mean() - 0.5) < 5 * (1 / 12 / 4e5) ** 0.5
     for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, uniform(1, 0, range(400), 1, range(1000)))):
         assert abs(((a - 0.5) * (b - 0.5)).mean() * 12) < 5 * 4e5 ** -0.5
+
+
+def test_derived_seeds_differ_and_repeat():
+    """Every iteration, micro-step and use has a seed of its own, in the range that every generator takes."""
+    seeds = [derive(seed, *counters) for seed in (0, 1337, 2 ** 62) for counters in
+             [(), (0,), (1,), *((it, micro) for it in range(30) for micro in range(8)), (0, 0, 0, 7)]]
+    assert len(set(seeds)) == len(seeds) and derive(1337, 3, 1) == derive(1337, 3, 1)
+    assert all(0 <= seed < 2 ** 63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+    uniform(max(seeds), 0, [0], 0, [0])
+
+
+def test_pieces_cover_every_position_once_and_stay_small(monkeypatch):
+    monkeypatch.setattr(noise, 'MAX_LOGITS', 100)
+    for n, V, sizes in ((0, 10, [0]), (10, 10, [10]), (11, 10, [10, 1]), (25, 10, [10, 10, 5]), (3, 1000, [1, 1, 1])):
+        parts = [range(n)[part] for part in pieces(n, V)]
+        assert [i for part in parts for i in part] == list(range(n)) and [len(part) for part in parts] == sizes
 
 
 def test_sampling_follows_the_distribution():
@@ -43,4 +61,5 @@ def test_temperature_and_top_p_by_hand():
     assert set(sample(logits, u, top_p=0.81).tolist()) == {0, 1, 2}
     assert sample(logits, u, top_p=1e-6).eq(0).all()
     assert sample(logits[:1], torch.tensor([1 - 2.0 ** -53])).item() == 2
-    torch.testing.assert_close(probability(logits[:2], torch.tensor([1, 2])), torch.tensor([0.3, 0.2], dtype=torch.float64))
+    expected = torch.tensor([0.3, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(probability(logits[:2], torch.tensor([1, 2])), expected)

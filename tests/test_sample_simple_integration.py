@@ -1,8 +1,11 @@
 """sample_simple.py as a user runs it: every flag of the guide, the file that --save writes, and what it refuses."""
 import json
 import re
+import shutil
 
 import pytest
+
+from conftest import NO_HEADS, TINY
 
 
 def samples(out):
@@ -10,27 +13,30 @@ def samples(out):
 
 
 @pytest.fixture
-def sample(script, trained):
+def sample(script, trained_once):
+    """sample('--flag') runs sample_simple.py on the trained model: stdout, or standard error where status is not 0."""
     def call(*args, status=0):
-        found, out, err = script('sample_simple.py', '--out-dir', trained, '--dtype', 'float64', '--no-progress', *args)
+        found, out, err = script('sample_simple.py', '--out-dir', trained_once[0], '--dtype', 'float64',
+                                 '--no-progress', *args)
         assert found == status, err
         return err if status else out
     return call
 
 
-def test_every_flag_of_the_guide(sample, trained):
-    out = sample('--checkpoint-name', 'ckpt.pt', '--num-samples', 3, '--sequence-length', 64, '--iterations', 4, '--temperature', 0.8,
-                 '--top-p', 0.95, '--schedule-mode', 'ratio', '--start-ratio', 0.95, '--end-ratio', 0.05, '--seed-text', 'the cat sat',
-                 '--seed-placement', 'random', '--quality-metric', 'node', '--save', trained / 'o.json', '--verbose')
+def test_every_flag_of_the_guide(sample, tmp_path):
+    out = sample('--checkpoint-name', 'ckpt.pt', '--num-samples', 3, '--sequence-length', 64, '--iterations', 4,
+                 '--temperature', 0.8, '--top-p', 0.95, '--schedule-mode', 'ratio', '--start-ratio', 0.95,
+                 '--end-ratio', 0.05, '--seed-text', 'the cat sat', '--seed-placement', 'random',
+                 '--quality-metric', 'node', '--save', tmp_path / 'o.json', '--verbose')
     texts = samples(out)
     assert len(texts) == 3 and all(len(t) == 64 and 'the cat sat' in t for t in texts)
     assert len({t.index('the cat sat') for t in texts}) > 1
-    assert re.search(r'3 samples of 64 tokens in [\d.]+ s: 1[12] trunk passes, \d+ waves, [\d,]+ tokens/s', out)
+    assert re.search(r'3 samples of 64 tokens in [\d.]+ s: 1[12] forward passes, \d+ waves, [\d,]+ tokens/s', out)
     assert 'mean quality 0.' in out and '--- pass 4' in out and 'by wavefront' in out
 
 
 def test_naive_and_wavefront_are_a_paired_comparison(sample):
-    """The same seed and noise; where nothing lies beside a token the two place the same one."""
+    """The same seed and noise for both, another for another seed; --seed -1 says which one it drew."""
     first = ['--num-samples', 2, '--iterations', 1]
     wavefront, naive = samples(sample(*first)), samples(sample(*first, '--disable-sampler'))
     assert wavefront != naive
@@ -41,7 +47,7 @@ def test_naive_and_wavefront_are_a_paired_comparison(sample):
     assert samples(sample(*first, '--seed', seed)) == samples(drawn)
 
 
-def test_rows_do_not_depend_on_the_batch(sample):
+def test_sequences_do_not_depend_on_the_batch(sample):
     flags = ['--iterations', 3, '--seed-text', 'on a mat', '--seed-placement', 'random', '--randomness-strength', 1.0]
     whole = samples(sample('--num-samples', 5, *flags))
     assert samples(sample('--num-samples', 5, '--batch-size', 2, *flags)) == whole
@@ -49,43 +55,75 @@ def test_rows_do_not_depend_on_the_batch(sample):
 
 
 def test_prefix_stays_at_the_front(sample):
-    assert all(t.startswith('the mat') for t in samples(sample('--seed-text', 'the mat', '--num-samples', 3, '--iterations', 2)))
+    texts = samples(sample('--seed-text', 'the mat', '--num-samples', 3, '--iterations', 2))
+    assert len(texts) == 3 and all(t.startswith('the mat') for t in texts)
 
 
-@pytest.mark.parametrize('flags', [['--disable-sampler'], ['--order', 'critic'], ['--order', 'random'], ['--no-revise'],
-                                   ['--corrections', 0], ['--corrections', 3, '--correction-ratio', 1],
-                                   ['--schedule-mode', 'threshold', '--threshold', 0.9], ['--masking-ratios', '0.5,0.2'],
-                                   ['--quality-metric', 'none'], ['--temperature', 0], ['--temperature', 1.2, '--end-temperature', 0], ['--dtype', 'bfloat16']])
+@pytest.mark.parametrize('flags', [
+    ['--disable-sampler'], ['--order', 'critic'], ['--order', 'random'], ['--no-revise'], ['--corrections', 0],
+    ['--corrections', 3, '--correction-ratio', 1], ['--schedule-mode', 'threshold', '--threshold', 0.9],
+    ['--masking-ratios', '0.5,0.2'], ['--quality-metric', 'none'], ['--temperature', 0],
+    ['--temperature', 1.2, '--end-temperature', 0], ['--dtype', 'bfloat16']])
 def test_decoders_leave_no_mask(sample, flags):
     texts = samples(sample('--num-samples', 2, *flags))
     assert len(texts) == 2 and all(len(t) == 32 and '_' not in t for t in texts)
 
 
-def test_saved_steps_tell_the_whole_story(sample, trained):
-    sample('--num-samples', 2, '--iterations', 3, '--save', trained / 'o.json', '--seed-text', 'on')
-    saved = json.loads((trained / 'o.json').read_text())
+def test_top_p_reaches_the_samples(sample):
+    """A nucleus of one token is greedy decoding; the default keeps every token."""
+    flags = ['--num-samples', 3, '--iterations', 3]
+    greedy = samples(sample(*flags, '--temperature', 0))
+    assert samples(sample(*flags, '--top-p', 1e-6)) == greedy
+    assert samples(sample(*flags, '--top-p', 1.0)) == samples(sample(*flags)) != greedy
+
+
+def test_threshold_obeys_no_revise_and_noise(sample, tmp_path):
+    """It once gave the same text with and without these flags."""
+    flags = ['--num-samples', 3, '--schedule-mode', 'threshold', '--threshold', 0.8, '--iterations', 6]
+    plain = samples(sample(*flags))
+    assert samples(sample(*flags, '--randomness-strength', 3.0)) != plain
+    sample(*flags, '--no-revise', '--save', tmp_path / 'o.json')
+    for s in json.loads((tmp_path / 'o.json').read_text())['samples']:
+        masked = [set(step['remasked_indices']) for step in s['iterations']]
+        assert all(later <= earlier for earlier, later in zip(masked, masked[1:])) and masked[0]
+
+
+def test_saved_steps_tell_the_whole_story(sample, tmp_path):
+    sample('--num-samples', 2, '--iterations', 3, '--save', tmp_path / 'o.json', '--seed-text', 'on')
+    saved = json.loads((tmp_path / 'o.json').read_text())
     assert list(saved)[0] == 'schema' and saved['settings']['seed'] == 1337 and saved['vocabulary']['name'] == 'toy'
     for s in saved['samples']:
         assert [step['iteration'] for step in s['iterations']] == [0, 1, 2]
         assert s['iterations'][-1]['output_unmasked'] == s['tokens'] and s['iterations'][-1]['remasked_indices'] == []
         for step, following in zip(s['iterations'], s['iterations'][1:]):
             masked = [i for i, token in enumerate(following['input_masked']) if token == saved['mask_id']]
-            assert masked == step['remasked_indices'] and len(step['wave']) == len(step['wrongness']) == 32
-            assert all(0 <= w <= 1 for w in step['wrongness'])
+            assert masked == step['remasked_indices'] and len(step['wave']) == len(step['remask_score']) == 32
+            assert all(0 <= score <= 1 for score in step['remask_score'])
 
 
-def test_plain_lines_where_there_is_no_terminal(script, trained):
-    _, _, err = script('sample_simple.py', '--out-dir', trained, '--iterations', 2, '--num-samples', 2)
-    assert re.search(r'rows 0-1, from token 0, pass 1: \d+ waves, 69% remasked', err) and '\r' not in err
+def test_plain_lines_where_there_is_no_terminal(script, trained_once):
+    flags = ['--iterations', 2, '--num-samples', 2]
+    _, _, err = script('sample_simple.py', '--out-dir', trained_once[0], *flags)
+    assert re.search(r'samples 0-1, from token 0, pass 1: 69% remasked', err) and '\r' not in err
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--iterations', 0], '--iterations is 0'), (['--num-samples', 0], '--num-samples is 0'), (['--start-ratio', 1.2], '--start-ratio is 1.2'),
-    (['--masking-ratios', '0.5,2'], r'\[0.5, 2.0\]'), (['--masking-ratios', '0.5', '--iterations', 4], 'make 2 iterations'),
-    (['--seed-text', 'the CAT'], "'ACT' is not in the vocabulary"), (['--seed-text', 'the ' * 20], '80 tokens'), (['--top-p', 0], '--top-p'),
-    (['--corrections', -1], '--corrections is -1'), (['--correction-ratio', 2], '--correction-ratio is 2'),
-    (['--temperature', -1], '--temperature'), (['--end-temperature', -1], '--end-temperature is -1'), (['--checkpoint-name', 'no.pt'], 'no checkpoint'), (['--out-dir', 'nowhere'], 'no checkpoint'),
-    (['--save', 'nowhere/o.json'], "no folder 'nowhere'"), (['--device', 'abacus'], 'abacus'), (['--seed', -2], '--seed is -2')])
+    (['--iterations', 0], '--iterations is 0'), (['--num-samples', 0], '--num-samples is 0'),
+    (['--start-ratio', 1.2], '--start-ratio is 1.2'), (['--masking-ratios', '0.5,2'], r'\[0.5, 2.0\]'),
+    (['--masking-ratios', '0.5', '--iterations', 4], 'make 2 iterations'),
+    (['--seed-text', 'the CAT'], "'ACT' is not in the vocabulary"), (['--seed-text', 'the ' * 20], '80 tokens'),
+    (['--top-p', 0], '--top-p'), (['--corrections', -1], '--corrections is -1'),
+    (['--correction-ratio', 2], '--correction-ratio is 2'), (['--temperature', -1], '--temperature'),
+    (['--end-temperature', -1], '--end-temperature is -1'), (['--checkpoint-name', 'no.pt'], 'no checkpoint'),
+    (['--out-dir', 'nowhere'], 'no checkpoint'), (['--save', 'nowhere/o.json'], "no folder 'nowhere'"),
+    (['--device', 'abacus'], 'abacus'), (['--seed', -2], '--seed is -2'),
+    (['--threshold', 0.5], '--threshold needs --schedule-mode threshold'),
+    (['--schedule-mode', 'threshold', '--order', 'random'], 'neither --order random'),
+    (['--schedule-mode', 'threshold', '--masking-ratios', '0.5'], 'nor --masking-ratios'),
+    (['--schedule-mode', 'threshold', '--threshold', 1.5], '--threshold is 1.5'),
+    (['--quality-metric', 'judge'], 'train_judge.py'),
+    (['--quality-metric', 'node', '--judge-checkpoint-name', 'judge.pt'], 'both or neither'),
+    (['--judge-checkpoint-name', 'judge.pt'], "no checkpoint '.*judge.pt'")])
 def test_bad_input_is_one_line(sample, flags, message):
     err = sample(*flags, status=2)
     assert re.search(message, err) and err.count('\n') == 1 and 'Traceback' not in err
@@ -96,21 +134,64 @@ def test_unknown_flags_and_words(sample, flags):
     assert 'usage' in sample(*flags, status=2)
 
 
-def test_an_autoregressive_checkpoint_is_sent_to_evaluate(script, toy_data, tmp_path):
-    from conftest import TINY
-    status, out, err = script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}', '--attention_type=causal',
-                              '--add_sampler_head=False', '--add_critic_head=False')
-    assert status == 0, err
-    assert 'Using causal attention' in out
-    status, _, err = script('sample_simple.py', '--out-dir', tmp_path)
-    assert status == 2 and 'evaluate.py' in err
+def test_help_tells_each_default_once(sample):
+    """It once said "(default: None)" after "(default: 15)"."""
+    text = sample('--help')
+    options = re.split(r'\n  (?=-)', text.split('show this help')[1])[1:]
+    assert len(options) > 25
+    for option in options:
+        assert len(re.findall(r'\bdefaults?\b', option)) <= 1 and 'None' not in option and 'False' not in option, option
+    assert '(default: 15)' in text and '(default: 0.8)' in text
 
 
-def test_a_model_without_heads_decodes_naively(script, toy_data, tmp_path):
-    from conftest import TINY
-    script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}', '--add_sampler_head=False', '--add_critic_head=False')
+def test_the_guides_commands_for_a_judge(script, toy_data, trained_once, tmp_path):
+    """config/train_judge.py writes the file that the guide's flags name, and the name alone implies the metric.
+
+    Nothing wrote a judge_model.pt, and --judge-checkpoint-name without --quality-metric judge was refused.
+    """
+    shutil.copy(trained_once[0] / 'ckpt.pt', tmp_path)
+    flags = ['--num-samples', 2, '--iterations', 2, '--no-progress', '--dtype', 'float32']
+    status, out, err = script(
+        'train.py', 'config/train_judge.py', *TINY[1:], *NO_HEADS, f'--data_dir={toy_data}', f'--out_dir={tmp_path}',
+        f'--generator_checkpoint={tmp_path / "ckpt.pt"}', '--max_iters=4', '--eval_interval=2')
+    assert status == 0 and "starts from the generator's trunk" in out, err
+    judge = ['--judge-checkpoint-name', 'judge_model.pt']
+    outs = []
+    for metric in ([], ['--quality-metric', 'judge']):
+        status, out, err = script('sample_simple.py', '--out-dir', tmp_path, *flags, *judge, *metric)
+        assert status == 0 and re.search(r'mean quality 0\.\d+, by judge_model.pt', out), err
+        outs.append(samples(out) + re.findall(r'quality ([\d.]+)', out))
+    assert outs[0] == outs[1] and len(outs[0]) == 2 + 3
+
+
+def test_a_model_without_heads_decodes_naively(script, train, tmp_path):
+    train(tmp_path, *NO_HEADS, '--max_iters=2', '--eval_interval=2')
     status, out, _ = script('sample_simple.py', '--out-dir', tmp_path, '--no-progress')
     assert status == 0 and 'naively' in out and 'quality' not in out
     for flags in (['--order', 'critic'], ['--quality-metric', 'node']):
         status, _, err = script('sample_simple.py', '--out-dir', tmp_path, *flags)
-        assert status == 2 and 'no critic head' in err
+        assert status == 2 and 'no critic head' in err and err.count('\n') == 1
+
+
+def test_byte_pairs_end_to_end(script, tmp_path, monkeypatch):
+    """Byte pairs, here single bytes, for GPT-2's table needs a network: prepare, train, sample."""
+    import tiktoken
+    import corpus
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding('bytes', pat_str=r'.|\n', mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(corpus, 'gpt2_encoding', lambda: encoding)
+    monkeypatch.setattr(corpus, 'BPE_SIZE', 3000)    # most ids never occur, as with GPT-2's 50,257
+    text = 'déjà vu and a cat sat on the mat.\n' * 40
+    corpus.prepare_text('bpe', text, 'test', kind='gpt2', data_dir=str(tmp_path))
+    status, out, err = script('train.py', *TINY, '--dataset=bpe', f'--data_dir={tmp_path}',
+                              f'--out_dir={tmp_path / "out"}', '--max_iters=7')
+    assert status == 0, err
+    found = re.search(r'iter 7: val NELBO (\S+) nats per token, (\S+) bits per character', out).groups()
+    nats, bits = map(float, found)
+    assert bits == pytest.approx(nats / 0.6931472 * 36 / 34, rel=0.02), '36 bytes for 34 characters'
+    # ids beyond the bytes have no text
+    monkeypatch.setattr(encoding, 'decode', lambda ids: ''.join(f'<{i}>' for i in ids))
+    status, out, err = script('sample_simple.py', '--out-dir', tmp_path / 'out', '--iterations', 2, '--num-samples', 1,
+                              '--seed-text', 'cat')
+    assert status == 0, err
+    assert '<99><97><116>' in out

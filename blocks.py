@@ -1,0 +1,41 @@
+"""Text beside masked blocks of itself, in one forward pass: how the trunk reads for decoding in blocks.
+
+Decoding in blocks from left to right asks the trunk about a masked block after finished text. One pass can train many
+such questions at once: the text is read from left to right, and behind it stand copies of its blocks, masked, each of
+which sees the text before it and itself, but neither what comes later nor another copy.
+
+Reference: block diffusion, https://arxiv.org/abs/2503.09573
+"""
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class BlockLayout:
+    """A text of T tokens, then M = n * size masks: n blocks that begin at starts (n,)."""
+    starts: torch.Tensor
+    size: int
+    positions: torch.Tensor    # (T + M,) int64, of the rotary angles
+    bias: torch.Tensor         # (T + M, T + M) float: 0 where a token (row) sees another (column), else -inf
+
+    @property
+    def n_masks(self):
+        return len(self.starts) * self.size
+
+    @property
+    def n_text(self):
+        return len(self.positions) - self.n_masks
+
+
+def lay_out(n_text, starts, size, device='cpu'):
+    """BlockLayout of n_text tokens and the blocks of size positions that begin at starts, each at most n_text."""
+    starts = torch.as_tensor(starts, device=device)
+    text = torch.arange(n_text, device=device)
+    block_positions = (starts[:, None] + torch.arange(size, device=device)).flatten()
+    block = torch.cat((torch.full_like(text, -1), torch.arange(len(starts), device=device).repeat_interleave(size)))
+    visible = torch.cat((text + 1, starts.repeat_interleave(size)))    # how much of the text each token sees
+    column = torch.arange(len(block), device=device)
+    sees = (column < visible[:, None]) & (block < 0) | (block[:, None] == block) & (block >= 0)
+    bias = torch.zeros(sees.shape, device=device).masked_fill(~sees, float('-inf'))
+    return BlockLayout(starts, size, torch.cat((text, block_positions)), bias)

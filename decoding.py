@@ -1,0 +1,234 @@
+"""The decoder: fills masked positions in a few forward passes, scoring the result and remasking its worst part.
+
+    config = default_config(model, iterations=15)
+    decoded = generate(model, x, free, config, sequences=range(len(x)))
+
+References:
+MaskGIT, filling in parallel and remasking the least confident with annealed noise: https://arxiv.org/abs/2202.04200
+ReMDM, remasking of tokens that were kept before: https://arxiv.org/abs/2503.00307
+informed correctors, resampling without a further forward pass: https://arxiv.org/abs/2407.21243
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from critic import remask_score
+from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, pieces, probability, sample, uniform
+from plans import make_plan
+from sampler import Wavefront
+
+# -----------------------------------------------------------------------------
+# settings
+
+# defaults below 8 iterations and from 8 on: few passes have less time to start over (docs/evaluation.md)
+FEW = {'start_ratio': 0.7, 'end_ratio': 0.1}
+MANY = {'start_ratio': 0.95, 'end_ratio': 0.05}
+
+
+@dataclass
+class DecoderConfig:
+    """How to decode; every field but use_sampler and order means the same with and without the sampler head."""
+    use_sampler: bool = True
+    order: str = 'confidence'       # what is remasked first: 'confidence', 'critic', 'random'
+    revise: bool = True             # kept tokens may be remasked later; random order never revises
+    mask_ratios: tuple = (0.5,)     # share of the free positions that is remasked before each further pass
+    threshold: float = 0.0          # above 0: remask scores above it, in place of mask_ratios, until there are none
+    temperature: float = 1.0
+    end_temperature: float = None   # of the last pass, reached linearly; None: the same
+    top_p: float = 1.0
+    randomness_strength: float = 0.0    # of Gumbel noise on the order, annealed to 0
+    corrections: int = 0            # times that the sampler head resamples its worst tokens, without a forward pass
+    correction_ratio: float = 0.6   # share of the tokens just filled that the first of them resamples, falling evenly
+    plan: str = 'wavefront'         # the order in which everything is filled first (plans.py); the rest revises
+    plan_passes: int = 1            # forward passes that the plan takes
+    seed: int = 1337
+
+    @property
+    def passes(self):
+        """Forward passes over one block, at most."""
+        return self.plan_passes + len(self.mask_ratios)
+
+    def temperature_of(self, i):
+        """Temperature of pass i, counted from 0."""
+        if self.end_temperature is None or self.passes == 1:
+            return self.temperature
+        done = i / (self.passes - 1)
+        return (1 - done) * self.temperature + done * self.end_temperature    # exactly the end at the end
+
+
+def default_config(model, iterations=15, use_sampler=None, **changes):
+    """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
+
+    use_sampler None: wherever the model has a sampler head. The critic orders what the sampler head filled, for it
+    learned from that; without the head confidence does.
+    """
+    use_sampler = model.sampler_head is not None if use_sampler is None else use_sampler
+    schedule = FEW if iterations < 8 else MANY
+    config = DecoderConfig(
+        use_sampler=use_sampler, order='critic' if use_sampler and model.critic_head is not None else 'confidence',
+        mask_ratios=tuple(linear_ratios(iterations, schedule['start_ratio'], schedule['end_ratio'])),
+        temperature=0.8)
+    return replace(config, **changes)
+
+
+def linear_ratios(iterations, start, end):
+    """Masking ratios after each of the iterations but the last, from start to end: a list of iterations - 1."""
+    if iterations <= 2:
+        return [start][:iterations - 1]
+    return [start + (end - start) * i / (iterations - 2) for i in range(iterations - 1)]
+
+
+# -----------------------------------------------------------------------------
+# filling
+
+class Naive:
+    """Fills every masked position from its own marginal; the methods are those of Wavefront."""
+    reach = 0    # a token's probability depends on no neighbour
+
+    def __init__(self, model):
+        self.lm_head, self.vocab_size = model.lm_head, model.mask_id
+
+    def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
+        x, at = xt.clone(), mask.nonzero(as_tuple=True)
+        for part in pieces(len(at[0]), self.vocab_size):
+            now = at[0][part], at[1][part]
+            x[now] = sample(self.lm_head(hidden[now]), u[now], temperature, top_p)
+        return x, torch.zeros_like(xt), 1
+
+    def rescore(self, x, at, hidden):
+        parts = [(at[0][part], at[1][part]) for part in pieces(len(at[0]), self.vocab_size)]
+        return torch.cat([probability(self.lm_head(hidden[now]), x[now]) for now in parts])
+
+
+def highest(score, candidates, n):
+    """The n (B,) highest-scored of each sequence's candidates (B, T) bool; score (B, T). Returns (B, T) bool."""
+    rank = score.masked_fill(~candidates, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    return candidates & (rank < n[:, None])
+
+
+def within_reach(mask, reach):
+    """Positions of mask (B, T) bool and those up to reach beside them."""
+    return F.max_pool1d(mask.float(), 2 * reach + 1, stride=1, padding=reach) > 0
+
+
+def positions_to_remask(config, i, score, mask, free, sequences, positions):
+    """The positions that are masked again after pass i.
+
+    score (B, T) float in [0, 1], high for tokens to remask; mask (B, T) bool, positions filled in this pass; free
+    (B, T) bool, all but given text. As MaskGIT does, the lowest log(1 - score) + strength * Gumbel are remasked, with a
+    strength that falls to 0; random order goes by the noise alone. Returns (B, T) bool.
+    """
+    candidates = free if config.revise and config.order != 'random' else mask
+    noise = gumbel(uniform(config.seed, ORDER, sequences, i, positions, score.device))
+    keep = noise
+    if config.order != 'random':
+        strength = config.randomness_strength * (1 - (i + 1) / config.passes)
+        keep = torch.log1p(-score.clamp(max=1 - 1e-12)) + strength * noise
+    if config.threshold > 0:
+        return candidates & (-torch.expm1(keep) > config.threshold)
+    return highest(-keep, candidates, (config.mask_ratios[i + 1 - config.plan_passes] * free.sum(1)).round())
+
+
+# -----------------------------------------------------------------------------
+# the loop over passes, and over blocks
+
+@dataclass
+class Decoded:
+    x: torch.Tensor               # (B, T) ids without masks
+    p_generated: torch.Tensor     # (B, T) the critic's chance that a token was generated; 0 where given; or None
+    passes: int                   # forward passes made
+    waves: int                    # sequential steps of filling
+
+
+@torch.no_grad()
+def decode_block(model, x, free, config, sequences, positions, on_pass=None):
+    """Fill the free positions of a block in config.passes forward passes or fewer.
+
+    x (B, T) ids, of which the free ones are ignored; free (B, T) bool; sequences (B,) and positions (T,) int name them
+    to the noise. on_pass is called with a dict after every pass. Returns Decoded.
+    """
+    filler, critic = (Wavefront if config.use_sampler else Naive)(model), model.critic_head
+    reach = max(filler.reach, critic.reach if critic is not None else 0)
+    corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
+    unknown, waves, hidden = free, 0, 0
+    plan = None    # the wavefront's own order is that of every fill
+    if config.plan != 'wavefront':
+        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, device=x.device)
+    score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
+    for i in range(config.passes):
+        # 1. one forward pass; each position keeps the trunk's view from when it was last masked
+        xt = torch.where(unknown, model.mask_id, x)
+        hidden = torch.where(unknown[..., None], model(xt), hidden)
+        planned = plan is not None and i < config.plan_passes
+        mask = unknown & (plan.pass_of == i) if planned else unknown
+        later = unknown & ~mask    # what the plan leaves to later passes
+
+        wave_of, steps = torch.zeros_like(x), 0
+        for j in range(1 + corrections):
+            # 2. fill what is masked; then resample the worst of it, which costs no forward pass
+            resample_mask, stream, step = mask, TOKENS, i
+            if j:
+                share = config.correction_ratio * (corrections + 1 - j) / corrections
+                resample_mask = highest(score, mask, (share * mask.sum(1)).round())
+                stream, step = CORRECTIONS, i * corrections + j - 1
+            u = uniform(config.seed, stream, sequences, step, positions, x.device)
+            before, order = x, plan.wave_of if planned and not j else None
+            x, wave, made = filler.fill(torch.where(later | resample_mask, model.mask_id, x), resample_mask, hidden, u,
+                                        config.temperature_of(i), config.top_p, order)
+            wave_of = torch.where(resample_mask, steps + wave, wave_of)
+            steps += made
+
+            # 3. rescore every token that was filled, or that has another neighbour than before
+            changed = within_reach(resample_mask & (x != before), reach) if i or j else resample_mask
+            at = (free & ~later & (resample_mask | changed)).nonzero(as_tuple=True)
+            prob = filler.rescore(x, at, hidden)
+            score[at] = 1 - prob
+            if critic is not None:
+                critic_logits[at] = exact(critic(hidden, x, at, model.wte.weight))
+                if config.order == 'critic':
+                    score[at] = remask_score(prob, critic_logits[at])
+        waves += steps
+
+        # 4. mask the worst again, once the plan is through
+        remasked = later
+        if config.plan_passes <= i + 1 < config.passes:
+            remasked = positions_to_remask(config, i, score, mask, free, sequences, positions)
+            remasked = remasked & mask.any(1, keepdim=True)    # a finished sequence stays so, whatever the others do
+        if on_pass:
+            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'hidden': hidden, 'wave': wave_of,
+                     'remask_score': torch.where(free, score, 0), 'remasked': remasked})
+        unknown = remasked
+        if not unknown.any():
+            break
+    p_generated = None if critic is None else torch.where(free, torch.sigmoid(critic_logits), 0)
+    return Decoded(x, p_generated, i + 1, waves)
+
+
+def blocks(length, block_size):
+    """(start, end) of the blocks that cover a sequence; each overlaps the one before by a quarter or more."""
+    spans = [(0, min(length, block_size))]
+    while spans[-1][1] < length:
+        end = min(length, spans[-1][1] + block_size - block_size // 4)
+        spans.append((end - block_size, end))
+    return spans
+
+
+def generate(model, x, free, config, sequences, on_pass=None):
+    """Fill the free positions of sequences of any length, in overlapping blocks, each given the end of the one before.
+
+    x (B, L) ids, of which the free ones are ignored; free (B, L) bool; sequences (B,) int, their numbers for the noise.
+    Returns Decoded, its counts summed over blocks.
+    """
+    x, free, p_generated, passes, waves = x.clone(), free.clone(), exact(torch.zeros_like(x)), 0, 0
+    for start, end in blocks(x.size(1), model.config.block_size):
+        part = slice(start, end)
+        if not free[:, part].any():
+            continue
+        block = decode_block(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass)
+        if block.p_generated is not None:
+            p_generated[:, part] = torch.where(free[:, part], block.p_generated, p_generated[:, part])
+        x[:, part], free[:, part] = block.x, False
+        passes, waves = passes + block.passes, waves + block.waves
+    return Decoded(x, p_generated if model.critic_head is not None else None, passes, waves)

@@ -1,0 +1,78 @@
+"""Several processes as one run: who speaks, how the batch is shared, gradients averaged by DistributedDataParallel.
+
+    torchrun --standalone --nproc_per_node=4 train.py config/train_char_diffusion_sampler.py
+"""
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import InputError
+
+
+class Processes:
+    """The processes of a run, as torchrun's environment describes them; a run without torchrun has one."""
+
+    def __init__(self, device):
+        """device 'cuda', 'mps' or 'cpu'; .device is this process's own."""
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.master_process = self.rank == 0
+        self.device = device
+        if self.world > 1:
+            if device == 'cuda':
+                self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+                torch.cuda.set_device(self.device)
+            dist.init_process_group('nccl' if self.device.startswith('cuda') else 'gloo')
+
+    def print0(self, *args):
+        """Print in the first process alone."""
+        if self.master_process:
+            print(*args, flush=True)
+
+    def first_alone(self, function):
+        """function() in the first process, then in the others, which find what the first has made."""
+        result = function() if self.master_process else None
+        self.barrier()
+        return result if self.master_process else function()
+
+    def wrap(self, module):
+        """module with gradients averaged over processes, its weights made equal; anew when other parameters train."""
+        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        ids = [self.device] if self.device.startswith('cuda') else None
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+    def mean(self, values):
+        """Mean over processes of a 1-d tensor."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def without_sync(module, last):
+    """Context of a micro-step: gradients are averaged in the last one of an iteration alone."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def share_batch(accumulation, batch_size, world):
+    """Micro-steps of each process in an iteration, and the number that every micro-batch is divided by.
+
+    The global batch, accumulation * batch_size sequences, does not depend on the number of processes: they share the
+    micro-steps where these divide evenly, else the sequences of each. InputError where neither does.
+    """
+    if accumulation % world == 0:
+        return accumulation // world, 1
+    if batch_size % world == 0:
+        return accumulation, world
+    raise InputError(f'{world} processes can share neither gradient_accumulation_steps={accumulation} nor '
+                     f'batch_size={batch_size}; wanted a multiple of {world} for one of them')

@@ -1,0 +1,54 @@
+"""The exact likelihood of a decoder: the probability that it writes a given text.
+
+A decoder that follows a plan (plans.py) fills each position in a pass and a wave known beforehand. With z_k the trunk's
+view when everything of the passes before k is visible,
+
+    log p(x | plan) = sum over passes k and waves w, and over the positions i filled then, of
+                      log p_head(x_i | z_k at i, tokens known around i)
+
+and for naive decoding p_lm in place of p_head. For a fixed plan this is the likelihood itself; its mean over random
+plans is a lower bound on that of the decoder that draws one. It is what sampling at temperature 1 draws from.
+
+References: order-agnostic autoregression, https://arxiv.org/abs/2110.02037; deterministic orders, DUEL,
+https://arxiv.org/abs/2603.01367
+"""
+import torch
+import torch.nn.functional as F
+
+from noise import pieces
+from sampler import first_positions, gather_neighbors, pad
+
+
+@torch.no_grad()
+def log_likelihood(model, x0, plan, use_sampler=True):
+    """Log-probability of each token of x0 under the decoder that follows plan, nats.
+
+    x0 (B, T) int64 clean ids; plan: of (B, T) or (1, T). Returns (B, T) float64 on the CPU: sum over a sequence for
+    the likelihood of the sequence. Costs plan.passes forward passes.
+    """
+    pass_of, wave_of = plan.pass_of.expand_as(x0), plan.wave_of.expand_as(x0)
+    key = pass_of * (int(wave_of.max()) + 1) + wave_of    # earlier positions have a smaller one
+    result = torch.zeros(x0.shape, dtype=torch.float64)
+    for k in range(plan.passes):
+        hidden = model(torch.where(pass_of >= k, model.mask_id, x0))
+        sequences, positions = (pass_of == k).nonzero(as_tuple=True)
+        for part in pieces(len(sequences), model.config.vocab_size):
+            at = sequences[part], positions[part]
+            logits = planned_logits(model, x0, key, wave_of, hidden, at) if use_sampler else model.lm_head(hidden[at])
+            log_prob = torch.log_softmax(logits.double(), -1).gather(1, x0[at][:, None])[:, 0]
+            result[at[0].cpu(), at[1].cpu()] = log_prob.cpu()
+    return result
+
+
+def planned_logits(model, x0, key, wave_of, hidden, at):
+    """The sampler head's logits (N, V - 1) at positions, each given the tokens of smaller key (B, T) around it."""
+    head, (sequences, positions) = model.sampler_head, at
+    offsets, reach = head.local.offsets, head.reach
+    with torch.autocast(hidden.device.type, enabled=False):    # as in decoding
+        key_around = gather_neighbors(pad(key, reach, 1 << 40), *at, offsets, reach)
+        around = gather_neighbors(pad(x0, reach, model.mask_id), *at, offsets, reach)
+        around = torch.where(key_around < key[at][:, None], around, model.mask_id)
+        tables, around = head.local.tables_for(model.wte.weight, around)
+        view = hidden[at]
+        adjusted = head(view, head.local.hidden_proj(view), around, tables)
+        return model.lm_head(torch.where((wave_of[at] > 0)[:, None], adjusted, view))

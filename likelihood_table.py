@@ -1,0 +1,156 @@
+"""The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
+
+likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes, waves
+(sequential steps of filling), nats_per_token and its standard error over sequences, bits_per_character, seconds for a
+batch of samples at temperature 1.
+"""
+import json
+import math
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+import autoregressive
+import decoding
+import diffusion
+from corpus import write_atomically
+from device import autocast
+from likelihood import log_likelihood
+from plans import ONE_PASS, Plan, make_plan
+from sampler import Wavefront
+
+SEQUENCES = 432    # validation sequences, as many as train.py's evaluations have
+BATCH = 32         # sequences scored, and sampled for the seconds, at a time
+FRONTS = (4, 16)
+PASSES = (1, 2, 4, 8, 16)
+COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits per character', 'seconds')
+
+
+def list_decoders(model, passes):
+    """(decoder, plan, passes) of every line: naive and with the head, each plan in the numbers of passes it takes."""
+    found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
+    if model.sampler_head is not None:
+        found += [('wavefront', plan, 1) for plan in ('wavefront', 'left-to-right', *(f'fronts-{n}' for n in FRONTS))]
+        found += [('wavefront', plan, n) for plan in ('interleaved', 'spans', 'blocks') for n in passes if n > 1]
+    return found
+
+
+def plan_of(model, name, passes, sequences, device):
+    """The plan that the decoder of this name follows over a whole block."""
+    T, first = model.config.block_size, None
+    if name == ONE_PASS[0]:
+        blank = torch.full((1, T), model.mask_id, device=device)
+        first = Wavefront(model).first(torch.ones_like(blank, dtype=torch.bool), model(blank))
+    return make_plan(name, T, passes, sequences=sequences, first=first, device=device)
+
+
+@torch.no_grad()
+def measure(evaluation, decoders, progress):
+    """One entry for each decoder, after those of the bound and of the autoregressive baseline, on the same sequences.
+
+    evaluation: evaluate.Evaluation. The baseline is given one token of the text before, for it cannot begin by itself.
+    """
+    model, device, dtype = evaluation.model, evaluation.device, evaluation.dtype
+    T = model.config.block_size
+    rows = torch.from_numpy(evaluation.corpus.spread_rows('val', SEQUENCES, T + 1)).to(device)
+    x0 = rows[:, 1:].contiguous()
+    bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
+
+    def entry(decoder, plan, passes, waves, nats, error, seconds):
+        return {'decoder': decoder, 'plan': plan, 'passes': passes, 'waves': waves, 'nats_per_token': nats,
+                'error': error, 'bits_per_character': nats * bits, 'seconds': seconds}
+
+    with autocast(device, dtype):
+        bound = diffusion.validate(model, x0, BATCH, evaluation.seed)
+        entries = [entry('nelbo', 'random', T, T, bound['nelbo'], bound['nelbo_error'], None)]
+        if T < evaluation.evaluator.config.block_size + 1:
+            exact = autoregressive.validate(evaluation.evaluator, rows, BATCH)
+            seconds = timed(evaluation, lambda sequences: autoregressive.generate(
+                evaluation.evaluator, rows[:len(sequences), :1], T + 1, sequences, evaluation.seed))
+            entries.append(entry('ar_baseline', 'left-to-right', T, T, exact['nll'], exact['nll_error'], seconds))
+        for decoder, name, passes in tqdm(decoders, unit='decoder', disable=not progress):
+            use_sampler, nll = decoder == 'wavefront', []
+            for start in range(0, SEQUENCES, BATCH):
+                sequences = range(start, min(start + BATCH, SEQUENCES))
+                plan = plan_of(model, name, passes, sequences, device)
+                nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
+            nll = torch.cat(nll)
+            one = Plan(plan.pass_of[:1], plan.wave_of[:1])
+            config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
+                                            seed=evaluation.seed)
+            seconds = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
+            entries.append(entry(decoder, name, passes, one.steps(use_sampler), nll.mean().item(),
+                                 (nll.std() / len(nll) ** 0.5).item(), seconds))
+    return entries
+
+
+def sample(evaluation, config, sequences):
+    x = torch.full((len(sequences), evaluation.model.config.block_size), evaluation.model.mask_id,
+                   device=evaluation.device)
+    return decoding.generate(evaluation.model, x, torch.ones_like(x, dtype=torch.bool), config, sequences)
+
+
+def timed(evaluation, function, repeats=3):
+    """Median seconds of function(sequences) for a batch, after a warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        evaluation.synchronize()
+        start = time.perf_counter()
+        function(range(BATCH))
+        evaluation.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def table(entries):
+    """Markdown, in the order of the entries."""
+    lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
+    for e in entries:
+        seconds = '-' if e['seconds'] is None else f'{e["seconds"]:.2f}'
+        lines.append(f'| {e["decoder"]} | {e["plan"]} | {e["passes"]} | {e["waves"]} | {e["nats_per_token"]:.3f} '
+                     f'±{e["error"]:.3f} | {e["bits_per_character"]:.3f} | {seconds} |')
+    return '\n'.join(lines)
+
+
+def plot(entries, corpus, path):
+    """Bits per character over forward passes and over seconds: path without its ending, as .png and .svg."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
+    lines = {'random': ':', 'interleaved': '--', 'blocks': '-', 'spans': '-.'}
+    for axis, key in zip(axes, ('passes', 'seconds')):
+        for decoder, plan in dict.fromkeys((e['decoder'], e['plan']) for e in entries):
+            points = [e for e in entries if (e['decoder'], e['plan']) == (decoder, plan)]
+            if decoder in styles:
+                axis.plot([p[key] for p in points], [p['bits_per_character'] for p in points], ms=4,
+                          ls=lines.get(plan, ''), label=f'{decoder}, {plan}', **styles[decoder])
+            elif decoder == 'nelbo' or key == 'passes':
+                text = 'bound of the trunk (NELBO)' if decoder == 'nelbo' else 'autoregressive, same size'
+                axis.axhline(points[0]['bits_per_character'], color='grey', lw=1,
+                             ls='--' if decoder == 'nelbo' else '-', label=text)
+            else:
+                axis.plot(points[0][key], points[0]['bits_per_character'], '*', color='black', ms=9)
+        axis.set(xscale='log', xlabel='forward passes' if key == 'passes' else f'seconds for {BATCH} samples')
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel('bits per character')
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f'{corpus}: exact likelihood of decoders on held-out text')
+    figure.tight_layout()
+    for kind in ('png', 'svg'):
+        figure.savefig(f'{path}.{kind}', dpi=120)
+    plt.close(figure)
+
+
+def write(evaluation, passes, out_dir, progress):
+    """Measure, print the table, write likelihood.json and the figure to out_dir."""
+    entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
+    path = os.path.join(out_dir, 'likelihood')
+    write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())
+    plot(entries, evaluation.corpus.meta['name'], path)
+    print(table(entries))
+    print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '
+          f'{evaluation.device}; seconds for {BATCH} samples at temperature 1. {path}.json and {path}.png hold the rest.')

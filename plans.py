@@ -1,0 +1,105 @@
+"""Plans: in which forward pass and which wave each position is filled, decided before any token is drawn.
+
+A decoder that follows a plan draws from a distribution whose likelihood is exact (likelihood.py). Those that choose
+positions by what they drew, by confidence or by the critic, can only revise what a plan has filled.
+
+Plans of one pass: wavefront (the surest positions first, then outwards), left-to-right, fronts-N (N evenly spaced
+starts, each going right). Of any number of passes: blocks (from left to right), spans (the same in random order),
+interleaved (every K-th position, nested as van der Corput's sequence), random.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from errors import InputError
+from noise import POSITIONS, uniform
+from sampler import wave_numbers
+
+ONE_PASS = ('wavefront', 'left-to-right', 'fronts-N')
+ANY_PASSES = ('blocks', 'spans', 'interleaved', 'random')
+
+
+@dataclass
+class Plan:
+    pass_of: torch.Tensor    # (B, T) int64 from 0
+    wave_of: torch.Tensor    # (B, T) int64; in wave 0 the language-model head fills, in later ones the sampler head
+
+    @property
+    def passes(self):
+        return int(self.pass_of.max()) + 1
+
+    def steps(self, use_sampler=True):
+        """Sequential steps of filling: waves of any sequence, summed over passes; naive filling takes one each."""
+        if not use_sampler:
+            return self.passes
+        key = self.pass_of * (self.wave_of.max() + 1) + self.wave_of
+        return len(key.unique())
+
+
+def check_plan(name, passes):
+    """InputError unless name is a plan that takes so many passes."""
+    one_pass = name in ONE_PASS[:2] or is_fronts(name)
+    if not one_pass and name not in ANY_PASSES:
+        raise InputError(f'plan {name!r}, wanted one of {", ".join(ONE_PASS + ANY_PASSES)}')
+    if one_pass and passes != 1:
+        raise InputError(f'plan {name!r} takes one pass, found {passes}; {", ".join(ANY_PASSES)} take any number')
+
+
+def is_fronts(name):
+    start, _, n = name.partition('-')
+    return start == 'fronts' and n.isdigit() and int(n) > 0
+
+
+def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, device='cpu'):
+    """The plan of a name: length T, passes K <= T; seed and sequences (B,) choose random ones; Plan of (B, T).
+
+    first (B, T) bool: the positions that a wavefront begins with, which depend on the model (sampler.first_positions).
+    """
+    check_plan(name, passes)
+    B, at = len(sequences), torch.arange(length)
+    passes = min(passes, length)
+    pass_of, wave_of = torch.zeros(B, length, dtype=torch.int64), None
+    if name == 'wavefront':
+        wave_of = wave_numbers(torch.ones_like(first), first).cpu().expand(B, -1)
+    elif name == 'left-to-right':
+        wave_of = at.expand(B, -1)
+    elif is_fronts(name):
+        n = min(int(name.partition('-')[2]), length)
+        wave_of = within_segments(at, n).expand(B, -1)
+    elif name == 'blocks':
+        pass_of = (at * passes // length).expand(B, -1)
+        wave_of = (within_segments(at, passes) + (pass_of > 0)).expand(B, -1)
+    elif name == 'interleaved':
+        pass_of = van_der_corput(passes)[at % passes].expand(B, -1)
+    else:
+        n = length if name == 'random' else passes    # units that are put in random order
+        u = uniform(seed, POSITIONS, sequences, 1, range(n))
+        rank = u.argsort(1).argsort(1)
+        pass_of = (rank * passes // n)[:, at * n // length]
+    if wave_of is None:    # runs of a pass are filled from both ends
+        wave_of = torch.zeros_like(pass_of)
+        for k in range(passes):
+            now = pass_of == k
+            wave = wave_numbers(now, torch.zeros_like(now)) if k else first_pass_waves(now)
+            wave_of = torch.where(now, wave, wave_of)
+    return Plan(pass_of.to(device), wave_of.to(device))
+
+
+def within_segments(at, n):
+    """Offset of each position in its segment: n segments of equal length over positions at (T,)."""
+    segment = at * n // len(at)
+    starts = torch.full((n,), len(at)).scatter_reduce(0, segment, at, 'amin')
+    return at - starts[segment]
+
+
+def first_pass_waves(now):
+    """Waves of a first pass, where nothing is known: each run of now (B, T) from its left end, by the trunk alone."""
+    at = torch.arange(now.size(1)).expand_as(now)
+    return at - torch.where(now, -1, at).cummax(1).values - 1
+
+
+def van_der_corput(K):
+    """The pass of each offset 0..K-1: bit-reversed order, so that every pass is spread as evenly as can be. (K,)"""
+    bits = max(1, (K - 1).bit_length())
+    order = [r for r in (int(f'{i:0{bits}b}'[::-1], 2) for i in range(2 ** bits)) if r < K]
+    return torch.tensor(order).argsort()

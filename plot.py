@@ -1,0 +1,155 @@
+"""Draws the curves of training runs, from the metrics.jsonl in their folders.
+
+    python plot.py out-char-diffusion
+    python plot.py out-a out-b -o curves
+
+Writes curves.png and curves.svg. A run may also be given as the file itself, such as out-a/judge_metrics.jsonl.
+"""
+import environment    # before torch, which metrics_log brings
+
+import argparse
+import math
+import os
+
+import matplotlib
+
+matplotlib.use('Agg')    # no window
+import matplotlib.pyplot as plt
+import numpy as np
+
+import metrics_log
+from errors import InputError, run
+
+# names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
+PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('sampler',), 'sampler loss, nats', 'smoothed'),
+          (('critic',), 'critic loss, nats', 'smoothed'),
+          (('nelbo', 'nll'), 'NELBO (autoregressive: NLL), nats per token', 'evaluation'),
+          (('learning_rate',), 'learning rate', 'batch'), (('ms',), 'milliseconds per iteration', 'smoothed'))
+STYLES = {'val': '-', 'train': '--'}
+BORDERS = {'sampler': '-.', 'critic': ':'}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='out_dir of a run of train.py, or its metrics.jsonl')
+    parser.add_argument('-o', '--output', default='curves', metavar='NAME',
+                        help='write NAME.png and NAME.svg (default: curves)')
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    stem = args.output.removesuffix('.png').removesuffix('.svg')
+    runs = {path: read(path) for path in args.runs}
+    plt.style.use('tableau-colorblind10')
+    figure = draw(runs)
+    for suffix in ('png', 'svg'):
+        try:
+            figure.savefig(f'{stem}.{suffix}', dpi=120)
+        except OSError as error:
+            raise InputError(f'cannot write {stem}.{suffix}: {error.strerror}; wanted a folder that can be '
+                             f'written') from error
+    plt.close(figure)
+    print(f'saved {stem}.png and {stem}.svg')
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+def read(path):
+    """Entries of a run: path is its folder or its metrics.jsonl. InputError where there are none."""
+    file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
+    try:
+        entries = metrics_log.read(file, math.inf)
+        fine = all(isinstance(v, (int, float)) for entry in entries for k, v in entry.items() if k != 'split')
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{file!r} cannot be read as metrics ({type(error).__name__}); wanted the metrics.jsonl '
+                         f'that train.py writes') from error
+    if not entries or not fine:
+        raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
+                         f'metrics.jsonl that train.py writes')
+    return entries
+
+
+def curve(entries, name, split=None):
+    """Iterations and values (n,) of a figure: of training batches, or of evaluations of a split."""
+    chosen = [e for e in entries if e.get('split') == split and name in e]
+    return np.array([e['iter'] for e in chosen]), np.array([e[name] for e in chosen], float)
+
+
+def borders(entries):
+    """{head: the iteration at which its loss first appears}; exact to log_interval."""
+    found = {head: [e['iter'] for e in entries if head in e] for head in BORDERS}
+    return {head: min(iterations) for head, iterations in found.items() if iterations}
+
+
+def smooth(values, n):
+    """Mean over n neighbours, fewer at the ends: (m,) -> (m,)."""
+    kernel = np.ones(n)
+    return np.convolve(values, kernel, 'same') / np.convolve(np.ones(len(values)), kernel, 'same')
+
+
+# -----------------------------------------------------------------------------
+# drawing
+
+def draw(runs):
+    """One panel for each kind of figure that some run has, all runs in it; runs: {name: entries}."""
+    panels = [panel for panel in PANELS
+              if any(set(panel[0]) & set(e) and ('split' in e) == (panel[2] == 'evaluation')
+                     for entries in runs.values() for e in entries)]
+    columns = max(1, min(3, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows + 0.5), squeeze=False,
+                                sharex=True)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, (names, title, source) in zip(axes.flat, panels):
+        for number, entries in enumerate(runs.values()):
+            for name in set(names) & {name for entry in entries for name in entry}:
+                draw_run(axis, entries, name, source, f'C{number}')
+        axis.set(title=title, xlabel='iteration')
+        axis.tick_params(labelbottom=True)
+        axis.grid(alpha=0.3)
+        if names == ('ms',):    # the first iterations take longer than all others
+            values = np.concatenate([curve(entries, 'ms')[1] for entries in runs.values()])
+            axis.set_ylim(0, 1.2 * np.nanpercentile(values, 98))
+    add_legend(figure, runs)
+    return figure
+
+
+def draw_run(axis, entries, name, source, color):
+    """A run's line in one panel; evaluations have one for each split."""
+    for head, iteration in borders(entries).items():
+        axis.axvline(iteration, color=color, ls=BORDERS[head], lw=1, alpha=0.7)
+    if source == 'evaluation':
+        for split, style in STYLES.items():
+            axis.plot(*curve(entries, name, split), style, color=color, marker='.', ms=4, lw=1.5)
+        return
+    iterations, values = curve(entries, name)
+    if not len(values):    # a run that stopped where a head would begin has evaluated it and no more
+        return
+    n = max(1, len(values) // 30) if source == 'smoothed' else 1
+    if n > 1:
+        axis.plot(iterations, values, color=color, lw=0.5, alpha=0.3)
+    axis.plot(iterations, smooth(values, n), color=color, lw=1.5)
+
+
+def add_legend(figure, runs):
+    """What colours and line styles mean, above the panels."""
+    line = lambda label, **style: plt.Line2D([], [], label=label, **style)
+    handles = [line(name.rstrip('/'), color=f'C{i}') for i, name in enumerate(runs)]
+    handles += [line(f'evaluated on {split}', color='black', ls=style) for split, style in STYLES.items()]
+    begun = {head for entries in runs.values() for head in borders(entries)}
+    handles += [line(f'{head} begins', color='black', lw=1, ls=style) for head, style in BORDERS.items()
+                if head in begun]
+    columns = min(5, len(handles))
+    rows = math.ceil(len(handles) / columns)
+    top = 1 - (0.1 + 0.18 * rows) / figure.get_figheight()
+    figure.legend(handles=handles, loc='upper center', ncols=columns, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, top))
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,112 @@
+"""plot.py: what it reads from metrics.jsonl, what it draws, and what it refuses."""
+import json
+import math
+
+import numpy as np
+import pytest
+
+from plot import borders, curve, draw, plt, read, smooth
+
+
+def entries(sampler=20, critic=40, last=60, **more):
+    """A run whose heads begin at these iterations, with a log line every 10 and an evaluation every 30."""
+    result = []
+    for it in range(0, last + 1, 10):
+        heads = ({'sampler': 2.0} if it >= sampler else {}) | ({'critic': 0.7} if it >= critic else {})
+        if it % 30 == 0:
+            result += [{'iter': it, 'split': split, 'nelbo': 3 - it / 60, 'main': 9.0} | heads
+                       for split in ('train', 'val')]
+        result.append({'iter': it, 'loss': 3.0, 'ms': 5.0, 'main': 2.5 - it / 100} | heads | more)
+    return result
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
+def lines(axis):
+    """Curves of a panel, without the borders."""
+    return [line for line in axis.lines if len(line.get_xdata()) > 2]
+
+
+@pytest.fixture
+def drawn():
+    """drawn({name: entries}) -> figure, closed afterwards."""
+    yield draw
+    plt.close('all')
+
+
+def test_batches_and_splits_are_kept_apart():
+    run = entries()
+    assert curve(run, 'main')[1].tolist() == [2.5 - it / 100 for it in range(0, 61, 10)]
+    assert [part.tolist() for part in curve(run, 'nelbo', 'val')] == [[0, 30, 60], [3.0, 2.5, 2.0]]
+    assert curve(run, 'main', 'train')[1].tolist() == [9.0] * 3
+
+
+def test_borders_are_where_a_loss_first_appears():
+    assert borders(entries()) == {'sampler': 20, 'critic': 40}
+    assert borders(entries(critic=math.inf)) == {'sampler': 20} and borders(entries(math.inf, math.inf)) == {}
+
+
+def test_smoothing_is_a_mean_over_neighbours():
+    values = np.array([3.0, 0, 0, 6, 0])
+    assert smooth(values, 3).tolist() == [1.5, 1.0, 2.0, 2.0, 3.0] and smooth(values, 1).tolist() == values.tolist()
+
+
+def test_every_panel_has_every_run(drawn):
+    figure = drawn({'a': entries(learning_rate=0.1), 'b': entries(30)})
+    assert titles(figure) == ['main loss, nats', 'sampler loss, nats', 'critic loss, nats',
+                              'NELBO (autoregressive: NLL), nats per token', 'learning rate',
+                              'milliseconds per iteration']
+    assert [len(lines(axis)) for axis in figure.axes] == [2, 2, 2, 4, 1, 2]
+    assert lines(figure.axes[3])[0].get_ydata().tolist() == [3.0, 2.5, 2.0]
+    begun = [line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert sorted(begun) == [20, 30, 40, 40]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ['a', 'b', 'evaluated on val', 'evaluated on train', 'sampler begins', 'critic begins']
+
+
+def test_a_model_without_heads_beside_an_autoregressive_one(drawn):
+    plain = entries(math.inf, math.inf)
+    causal = [{'nll' if k == 'nelbo' else k: v for k, v in entry.items()} for entry in plain]
+    figure = drawn({'a': plain, 'b': causal})
+    assert len(titles(figure)) == 3 and len(lines(figure.axes[1])) == 4
+    assert not any('begins' in text.get_text() for text in figure.legends[0].get_texts())
+
+
+def test_a_run_that_stopped_where_the_sampler_begins(drawn):
+    stopped = [entry for entry in entries(30, last=30) if entry['iter'] < 30 or 'split' in entry]
+    assert [len(lines(axis)) for axis in drawn({'a': entries(), 'b': stopped}).axes][1] == 1
+
+
+def test_a_real_run_as_png_and_svg(script, trained, tmp_path):
+    status, out, err = script('plot.py', trained, trained / 'metrics.jsonl', '-o', tmp_path / 'c.png')
+    assert status == 0 and err == '' and 'c.svg' in out
+    assert (tmp_path / 'c.png').read_bytes()[:4] == b'\x89PNG' and b'<svg' in (tmp_path / 'c.svg').read_bytes()
+    assert borders(read(str(trained))) == {'sampler': 3, 'critic': 6}
+
+
+def test_a_torn_line_and_a_figure_that_is_no_number_are_left_out(tmp_path, drawn):
+    text = ''.join(json.dumps(entry) + '\n' for entry in entries(last=90))
+    (tmp_path / 'metrics.jsonl').write_text(text.replace('"ms": 5.0', '"ms": NaN', 1) + '{"iter": 99, "lo')
+    run = read(str(tmp_path))
+    assert run[-1]['iter'] == 90
+    assert drawn({'a': run}).axes[-1].get_ylim()[1] == pytest.approx(6)
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, "no '"), ('', 'no figures'), ('{"torn', 'no figures'), ('[1]\n', 'TypeError'), ('{"loss": 1}\n', 'KeyError'),
+    ('{"iter": "x"}\n', 'TypeError'), ('{"iter": 1, "main": "x"}\n', 'other than figures'),
+    ('{"iter": 1, "main": null}\n', 'other than figures'), (b'\xff\xfe\x00', 'UnicodeDecodeError')])
+def test_bad_files_are_one_line(script, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / 'metrics.jsonl').write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, _, err = script('plot.py', tmp_path, '-o', tmp_path / 'c')
+    assert status == 2 and err.count('\n') == 1 and message in err and 'train.py' in err, err
+
+
+def test_a_folder_that_is_not_there_is_one_line(script, trained, tmp_path):
+    for args, message in (([tmp_path / 'no'], 'wanted the out_dir'),
+                          ([trained, '-o', tmp_path / 'no' / 'c'], 'cannot write')):
+        status, _, err = script('plot.py', *args)
+        assert status == 2 and err.count('\n') == 1 and message in err, err

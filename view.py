@@ -1,0 +1,175 @@
+"""Makes a page of how samples were decoded, from one or two files of sample_simple.py --save.
+
+    python sample_simple.py --iterations 15 --save a.json
+    python sample_simple.py --iterations 15 --disable-sampler --save b.json
+    python view.py a.json b.json -o compare.html
+
+The page, view.html with the data in it, needs no network. All text in it comes from files, so none of it is ever read
+as HTML: the data are JSON in which < is escaped, and the page shows them as plain text.
+"""
+import argparse
+import base64
+import json
+import os
+import zlib
+
+import numpy as np
+
+from corpus import Tokenizer, write_atomically
+from errors import InputError, run
+
+SCHEMA = 2                  # of the files that it reads
+MASKED, REMASKED = 1, 2     # bits of a position's flags in a pass, as view.html reads them
+# settings that change no sample, or that another one says
+UNSHOWN = {'save', 'verbose', 'no_progress', 'disable_sampler', 'no_revise'}
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'view.html')
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('files', nargs='+', metavar='FILE', help='one or two files that sample_simple.py --save wrote')
+    parser.add_argument('-o', '--output', default='compare.html', metavar='PAGE',
+                        help='page to write (default: compare.html)')
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if len(args.files) > 2:
+        raise InputError(f'found {len(args.files)} files, wanted one, or two to compare')
+    if not args.output.endswith(('.html', '.htm')) or os.path.realpath(args.output) == TEMPLATE:
+        raise InputError(f'-o {args.output!r}, wanted the name of a page, such as compare.html')
+    write_atomically(args.output, page([(path, read(path)) for path in args.files]).encode())
+    print(f'saved {args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, open it in a browser')
+
+
+def read(path):
+    """What --save wrote to path. InputError if it is something else."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            saved = json.load(f)
+    except OSError as error:
+        raise InputError(f'cannot read {path!r}: {error.strerror}; wanted what sample_simple.py --save '
+                         f'writes') from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'{path!r} is not JSON ({type(error).__name__}); wanted what sample_simple.py --save '
+                         f'writes') from error
+    schema = saved.get('schema') if isinstance(saved, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f'{path!r} has schema {schema!r}, wanted {SCHEMA}; write it again with '
+                         f'sample_simple.py --save')
+    return saved
+
+
+def page(saves):
+    """The HTML of the page: saves is a list of (name, what --save wrote). InputError for damaged data."""
+    runs = []
+    for name, saved in saves:
+        try:
+            runs.append(pack(name, saved))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f'{name!r} is damaged ({type(error).__name__}: {error}); write it again with '
+                             f'sample_simple.py --save') from error
+    data = {'runs': runs, 'settings': setting_rows([saved['settings'] for _, saved in saves])}
+    with open(TEMPLATE, encoding='utf-8') as f:
+        return f.read().replace('{{data}}', json.dumps(data).replace('<', '\\u003c'), 1)
+
+
+# -----------------------------------------------------------------------------
+# one run
+
+def pack(name, saved):
+    """A run as view.html reads it: names and counts as plain values, the passes in compressed arrays.
+
+    Of every position in every pass there are a token (an index into pieces), a wave, a remask score in 255ths and
+    flags. Most positions do not change from one pass to the next, which deflate makes use of. A file in which lengths,
+    ids or scores are wrong is a ValueError.
+    """
+    passes = [one for sample in saved['samples'] for one in sample['iterations']]
+    arrays = [pass_arrays(one, saved['mask_id']) for one in passes]
+    tokens, waves, scores, flags = (np.concatenate(parts) for parts in zip(*arrays))
+    final = [np.array(sample['tokens'], np.int64) for sample in saved['samples']]
+    ids, index = np.unique(np.concatenate([tokens, *final]), return_inverse=True)
+    index, given = index[:len(tokens)], np.split(index[len(tokens):], np.cumsum([len(ids) for ids in final])[:-1])
+    blob = index.astype('<u2').tobytes() + waves.astype('<u2').tobytes() + scores.tobytes() + flags.tobytes()
+    samples = []
+    for sample, one_given in zip(saved['samples'], given):
+        spans = [(int(one['iteration']), int(one['block_start']), len(one['wave'])) for one in sample['iterations']]
+        check(all(0 <= start <= start + length <= len(one_given) for _, start, length in spans), 'block_start')
+        quality = sample['quality']
+        samples.append({'tokens': one_given.tolist(), 'passes': spans,
+                        'quality': None if quality is None else f'{quality:.3f}'})
+    pieces = pieces_of(ids.tolist(), saved)
+    return {'name': name, 'facts': facts(saved), 'pieces': pieces, 'samples': samples,
+            'placeholder': '░' if saved['vocabulary']['kind'] == 'char' else '░░░',
+            'blob': base64.b64encode(zlib.compress(blob, 9)).decode()}
+
+
+def check(fine, what):
+    if not fine:
+        raise ValueError(f'{what} out of range')
+
+
+def pass_arrays(one, mask_id):
+    """tokens (n,), waves (n,) int64 and scores (n,), flags (n,) uint8 of a pass over a block of n positions."""
+    tokens, before, waves = (np.array(one[name], np.int64) for name in ('output_unmasked', 'input_masked', 'wave'))
+    scores, remasked = np.array(one['remask_score'], float), np.array(one['remasked_indices'], np.int64)
+    n = len(waves)
+    check(tokens.shape == before.shape == waves.shape == scores.shape == (n,), 'length of a pass')
+    check(((0 <= tokens) & (tokens <= mask_id)).all(), 'token')
+    check(((0 <= waves) & (waves < 2 ** 16)).all(), 'wave')
+    check(((0 <= scores) & (scores <= 1)).all(), 'remask_score')
+    remasked = remasked - one['block_start']
+    check(((0 <= remasked) & (remasked < n)).all(), 'remasked_indices')
+    flags = np.where(before == mask_id, MASKED, 0).astype(np.uint8)
+    flags[remasked] |= REMASKED
+    return tokens, waves, np.round(255 * scores).astype(np.uint8), flags
+
+
+def pieces_of(ids, saved):
+    """The text of each id, None for [MASK]. A byte pair that is only a part of a character shows as a question mark."""
+    tokenizer, mask_id = Tokenizer(saved['vocabulary']), saved['mask_id']
+    check(all(0 <= i <= mask_id for i in ids) and len(ids) <= 2 ** 16, 'token')
+    return [None if i == mask_id else tokenizer.decode([i]) for i in ids]
+
+
+def facts(saved):
+    """What a run cost and how good it is, as short texts."""
+    qualities = [sample['quality'] for sample in saved['samples'] if sample['quality'] is not None]
+    settings, result = saved['settings'], []
+    if qualities:
+        judge = settings['judge_checkpoint_name']
+        result.append(f'mean quality {sum(qualities) / len(qualities):.3f} by {judge or "the critic"}')
+    return result + ['by wavefront' if settings['use_sampler'] else 'naive',
+                     f'{saved["forward_passes"]} forward passes', f'{saved["waves"]} waves',
+                     f'{len(saved["samples"])} samples in {saved["seconds"]:.2f} s']
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+def setting_rows(runs):
+    """One row for each setting that some run has: {'cells': [name, value of each run], 'differs': bool}."""
+    rows = []
+    for name in dict.fromkeys(name for settings in runs for name in settings):
+        values = [settings.get(name) for settings in runs]
+        if name not in UNSHOWN and any(value is not None for value in values):
+            rows.append({'cells': [name, *map(setting_text, values)],
+                         'differs': any(value != values[0] for value in values)})
+    return rows
+
+
+def setting_text(value):
+    """A value as a person writes it; a long list of numbers by its ends."""
+    if isinstance(value, float):
+        return f'{value:.4g}'
+    if isinstance(value, list):
+        texts = [setting_text(v) for v in value]
+        return ', '.join(texts) if len(texts) <= 4 else f'{texts[0]}, {texts[1]} … {texts[-1]} ({len(texts)} values)'
+    return '-' if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == '__main__':
+    run(main)
