@@ -7,8 +7,10 @@ which sees the text before it and itself, but neither what comes later nor anoth
 Reference: block diffusion, https://arxiv.org/abs/2503.09573
 """
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -28,9 +30,10 @@ class BlockLayout:
         return len(self.positions) - self.n_masks
 
 
+@cache
 def lay_out(n_text, starts, size, device='cpu'):
-    """BlockLayout of n_text tokens and the blocks of size positions that begin at starts, each at most n_text."""
-    starts = torch.as_tensor(starts, device=device)
+    """BlockLayout of n_text tokens and the blocks of size positions that begin at starts, a tuple, each <= n_text."""
+    starts = torch.tensor(starts, device=device)
     text = torch.arange(n_text, device=device)
     block_positions = (starts[:, None] + torch.arange(size, device=device)).flatten()
     block = torch.cat((torch.full_like(text, -1), torch.arange(len(starts), device=device).repeat_interleave(size)))
@@ -39,3 +42,15 @@ def lay_out(n_text, starts, size, device='cpu'):
     sees = (column < visible[:, None]) & (block < 0) | (block[:, None] == block) & (block >= 0)
     bias = torch.zeros(sees.shape, device=device).masked_fill(~sees, float('-inf'))
     return BlockLayout(starts, size, torch.cat((text, block_positions)), bias)
+
+
+def views(hidden, layout):
+    """What the trunk says of each block: hidden (B, T + M, C) of its forward pass over text and blocks.
+
+    Returns (B, M, C) the view of the masked positions, and (B, n, C) the state of the last token before each block, 0
+    where there is none. The first position of a block follows the text, whose last state is the better view of it.
+    """
+    last = F.pad(hidden[:, :layout.n_text], (0, 0, 1, 0))[:, layout.starts]    # (B, n, C)
+    masks = hidden[:, layout.n_text:].unflatten(1, (-1, layout.size))          # (B, n, size, C)
+    first = torch.where((layout.starts > 0)[:, None], last, masks[:, :, 0])
+    return torch.cat((first[:, :, None], masks[:, :, 1:]), 2).flatten(1, 2), last

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 REQUIRED = {'model_args', 'model', 'iter_num', 'config', 'corpus'}
 REQUIRED_TO_RESUME = {'optimizer', 'scaler', 'start_iter', 'best_val_loss'}
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'attention_type', 'model_mode')
-HEAD_SHAPE = ('sampler_context', 'sampler_width')
+HEAD_SHAPE = ('sampler_context', 'sampler_width', 'sampler_state')
 
 
 # -----------------------------------------------------------------------------

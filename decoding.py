@@ -159,9 +159,14 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
     score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
     for i in range(config.passes):
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked
-        xt = torch.where(unknown, model.mask_id, x)
-        hidden = torch.where(unknown[..., None], model(xt), hidden)
-        planned = plan is not None and i < config.plan_passes
+        xt, last = torch.where(unknown, model.mask_id, x), None
+        planned = plan is not None and i < plan.passes
+        if planned and plan.blockwise:
+            (lane,) = plan.lanes[i]
+            block, last = model.read_block(xt, lane.start, lane.end)
+            hidden = F.pad(block, (0, 0, lane.start, x.size(1) - lane.end))
+        else:
+            hidden = torch.where(unknown[..., None], model(xt), hidden)
         mask = unknown & (plan.pass_of == i) if planned else unknown
         later = unknown & ~mask    # what the plan leaves to later passes
 
@@ -174,9 +179,13 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
                 resample_mask = highest(score, mask, (share * mask.sum(1)).round())
                 stream, step = CORRECTIONS, i * corrections + j - 1
             u = uniform(config.seed, stream, sequences, step, positions, x.device)
-            before, order = x, plan.wave_of if planned and not j else None
-            x, wave, made = filler.fill(torch.where(later | resample_mask, model.mask_id, x), resample_mask, hidden, u,
-                                        config.temperature_of(i), config.top_p, order)
+            before, xt_now = x, torch.where(later | resample_mask, model.mask_id, x)
+            now = xt_now, resample_mask, hidden
+            draw = u, config.temperature_of(i), config.top_p
+            if planned and plan.lanes and config.use_sampler and not j:
+                x, wave, made = filler.fill_from_left(*now, last, plan.lanes[i], *draw)
+            else:
+                x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned and not j else None)
             wave_of = torch.where(resample_mask, steps + wave, wave_of)
             steps += made
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from blocks import lay_out, views
 from critic import critic_loss
 from decoding import decode_block, default_config
 from metrics import area_under_roc
 from noise import derive
 from sampler import sampler_examples, sampler_loss, spread_choice
 
+BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
 CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings whose every pass the critic learns from
 
 
@@ -87,6 +89,37 @@ def evaluating(model):
         model.train(training)
 
 
+@dataclass
+class BlockBatch:
+    """Text and some of its blocks, masked, after their forward pass: what decoding in blocks asks the trunk."""
+    x0: torch.Tensor           # (R, T) clean ids
+    positions: torch.Tensor    # (M,) of the blocks, but for the first of each
+    hidden: torch.Tensor       # (R, M, C) the view of them
+    last: torch.Tensor         # (R, M, C) the state of the last token before the block of each
+
+
+def forward_blocks(trunk, model, x0, generator):
+    """One forward pass over text and every other block of it, masked -> BlockBatch and the trunk's loss on it, nats.
+
+    x0 (R, T) clean ids; generator: chooses block size and which blocks. The loss is half the cross-entropy of the text,
+    each token given those before it, and a quarter of that of the masked positions, the first of a block more.
+    """
+    R, T = x0.shape
+    sizes = [T // n for n in BLOCKS if T % n == 0 and T >= n]
+    size = sizes[int(torch.randint(len(sizes), (), generator=generator))]
+    parity = int(torch.randint(2, (), generator=generator)) if T > size else 0
+    layout = lay_out(T, tuple(range(parity * size, T, 2 * size)), size, x0.device)
+    hidden = trunk(x0, layout)
+    following = F.cross_entropy(model.lm_head(hidden[:, :T - 1]).transpose(1, 2), x0[:, 1:])
+    positions = layout.positions[T:]
+    masked = F.cross_entropy(model.lm_head(hidden[:, T:]).transpose(1, 2), x0[:, positions], reduction='none')
+    weight = (1 + positions % size).float() ** -0.5
+    loss = 0.5 * following + 0.25 * (masked * weight / weight.mean()).mean()
+    view, last = views(hidden.detach(), layout)
+    later = positions % size > 0    # the first position of a block is the language-model head's
+    return BlockBatch(x0, positions[later], view[:, later], last.repeat_interleave(size, 1)[:, later]), loss
+
+
 def critic_examples(model, batch, n_sequences, seed, iterations):
     """Sequences as the shipped decoder fills them, after each of its passes, and the same ones of real text.
 
@@ -112,16 +145,17 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
     return generated, (x0.repeat(n, 1), torch.cat(views[1:])), mask.repeat(n, 1)
 
 
-def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True, critic_iterations=None):
+def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True, critic_iterations=None, blocks=None):
     """Losses of the heads on a batch: {'sampler': ..., 'critic': ...} as far as asked for.
 
-    sampler_rows, critic_rows int: about how many sequences each head learns from, 0 for none. seed int, of the noise of
-    this batch alone. augment: as in sampler_examples. critic_iterations: of the decoder, None draws them.
+    blocks: a BlockBatch that the sampler head learns from too, or None. sampler_rows, critic_rows int: about how many
+    sequences each head learns from, 0 for none. seed int, of the noise of this batch alone. augment: as in
+    sampler_examples. critic_iterations: of the decoder, None draws them.
     """
     losses, generator = {}, torch.Generator().manual_seed(derive(seed, 2))
     if sampler_rows:
         with evaluating(model):
-            examples = sampler_examples(model, batch, sampler_rows, generator, augment)
+            examples = sampler_examples(model, batch, blocks, sampler_rows, generator, augment)
         losses['sampler'] = sampler_loss(model.sampler_head, examples, model.wte.weight)
     if critic_rows:
         drawn = CRITIC_ITERATIONS[int(torch.randint(len(CRITIC_ITERATIONS), (), generator=generator))]
@@ -155,7 +189,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         per_sequence = nll.new_zeros(batch.mask.shape).masked_scatter(batch.mask, nll).sum(1)
         nelbo.append(per_sequence.double().cpu() / n[part])
         critic_rows = min(4, len(batch.x0)) if critic and i % 4 == 0 else 0
-        losses = head_losses(model, batch, derive(seed, i), len(batch.x0) * sampler, critic_rows, augment=False,
+        losses = head_losses(model, batch, derive(seed, i), 2 * len(batch.x0) * sampler, critic_rows, augment=False,
                              critic_iterations=4)
         if critic_rows:
             ranked.append((losses.pop('critic_targets').cpu(), losses.pop('critic_logits').cpu()))

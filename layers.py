@@ -83,7 +83,7 @@ class ShortConv(nn.Module):
         text = F.pad(x[:, :layout.n_text], (0, 0, reach, 0)).transpose(1, 2)                   # (B, C, reach + T)
         before = text.unfold(2, reach, 1)[:, :, layout.starts]                                 # (B, C, n, reach)
         masks = x[:, layout.n_text:].transpose(1, 2).reshape(B, C, -1, layout.size)
-        masks = torch.cat((before, masks), -1).transpose(1, 2).flatten(0, 1)                   # (B * n, C, reach + size)
+        masks = torch.cat((before, masks), -1).transpose(1, 2).flatten(0, 1)               # (B * n, C, reach + size)
         masks = F.conv1d(masks, weight, padding=reach, groups=C)[..., reach:]
         masks = masks.view(B, -1, C, layout.size).transpose(2, 3).reshape(B, -1, C)
         if not layout.n_text:

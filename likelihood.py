@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from noise import pieces
-from sampler import first_positions, gather_neighbors, pad
+from sampler import gather_neighbors, pad, uncast
 
 
 @torch.no_grad()
@@ -28,27 +28,50 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     """
     pass_of, wave_of = plan.pass_of.expand_as(x0), plan.wave_of.expand_as(x0)
     key = pass_of * (int(wave_of.max()) + 1) + wave_of    # earlier positions have a smaller one
+    state = lane_states(model, x0, plan) if use_sampler and plan.lanes else None
     result = torch.zeros(x0.shape, dtype=torch.float64)
     for k in range(plan.passes):
-        hidden = model(torch.where(pass_of >= k, model.mask_id, x0))
+        last = None
+        if plan.blockwise:
+            (lane,) = plan.lanes[k]
+            block, last = model.read_block(x0, lane.start, lane.end)
+            hidden = F.pad(block, (0, 0, lane.start, x0.size(1) - lane.end))
+        else:
+            hidden = model(torch.where(pass_of >= k, model.mask_id, x0))
         sequences, positions = (pass_of == k).nonzero(as_tuple=True)
         for part in pieces(len(sequences), model.config.vocab_size):
             at = sequences[part], positions[part]
-            logits = planned_logits(model, x0, key, wave_of, hidden, at) if use_sampler else model.lm_head(hidden[at])
+            logits = model.lm_head(hidden[at])
+            if use_sampler:
+                logits = sampler_logits(model, x0, key, wave_of, hidden, at, last, state)
             log_prob = torch.log_softmax(logits.double(), -1).gather(1, x0[at][:, None])[:, 0]
             result[at[0].cpu(), at[1].cpu()] = log_prob.cpu()
     return result
 
 
-def planned_logits(model, x0, key, wave_of, hidden, at):
-    """The sampler head's logits (N, V - 1) at positions, each given the tokens of smaller key (B, T) around it."""
-    head, (sequences, positions) = model.sampler_head, at
-    offsets, reach = head.local.offsets, head.reach
-    with torch.autocast(hidden.device.type, enabled=False):    # as in decoding
-        key_around = gather_neighbors(pad(key, reach, 1 << 40), *at, offsets, reach)
-        around = gather_neighbors(pad(x0, reach, model.mask_id), *at, offsets, reach)
-        around = torch.where(key_around < key[at][:, None], around, model.mask_id)
-        tables, around = head.local.tables_for(model.wte.weight, around)
+def lane_states(model, x0, plan):
+    """The recurrent state that the sampler head has at each position of x0 (B, T) when it fills its lane: (B, T, S)."""
+    states = []
+    for lane in (lane for lanes in plan.lanes for lane in lanes):
+        read = model.sampler_head.states(x0[:, lane.read_from:lane.end], model.wte.weight)
+        states.append(read[:, lane.start - lane.read_from:])
+    return torch.cat(states, 1)
+
+
+def sampler_logits(model, x0, key, wave_of, hidden, at, last, state):
+    """The sampler head's logits (N, V - 1) at positions, each given the tokens of smaller key (B, T) around it.
+
+    last (B, C), state (B, T, S): of filling from left to right, when only the tokens on the left are given; or None.
+    """
+    head, offsets = model.sampler_head, model.sampler_head.local.offsets
+    with uncast(hidden):    # as in decoding
+        key_around = gather_neighbors(pad(key, head.reach, 1 << 40), *at, offsets, head.reach)
+        known = key_around < key[at][:, None]
+        if state is not None:
+            known = known & (offsets < 0)
+        around = gather_neighbors(pad(x0, head.reach, model.mask_id), *at, offsets, head.reach)
+        tables, around = head.local.tables_for(model.wte.weight, torch.where(known, around, model.mask_id))
         view = hidden[at]
-        adjusted = head(view, head.local.hidden_proj(view), around, tables)
+        projected = head.project(view, None if last is None else last[at[0]])
+        adjusted = head(view, projected, around, tables, None if state is None else state[at])
         return model.lm_head(torch.where((wave_of[at] > 0)[:, None], adjusted, view))

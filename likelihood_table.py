@@ -153,4 +153,4 @@ def write(evaluation, passes, out_dir, progress):
     plot(entries, evaluation.corpus.meta['name'], path)
     print(table(entries))
     print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '
-          f'{evaluation.device}; seconds for {BATCH} samples at temperature 1. {path}.json and {path}.png hold the rest.')
+          f'{evaluation.device}; seconds for {BATCH} samples at temperature 1. Written to {path}.json and {path}.png')

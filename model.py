@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import lay_out
+from blocks import lay_out, views
 from critic import CriticHead
 from layers import Block, norm, rotary_tables
 from sampler import SamplerHead
@@ -39,7 +39,8 @@ class GPTConfig:
     start_sampler_iteration: int = 1000
     sampler_min_neighbors_ratio: float = 0.01
     sampler_context: int = 8                 # neighbours on each side
-    sampler_width: int = 192
+    sampler_width: int = 128
+    sampler_state: int = 192                 # of the recurrent state that reads from left to right
     add_critic_head: bool = False
     start_critic_iteration: int = 3000
     end_critic_iteration: int = 5000
@@ -66,7 +67,8 @@ class GPT(nn.Module):
         # heads come last, so that the trunk starts the same with and without them
         self.sampler_head = self.critic_head = None
         if config.add_sampler_head:
-            self.sampler_head = SamplerHead(config.n_embd, config.sampler_context, config.sampler_width)
+            self.sampler_head = SamplerHead(config.n_embd, config.sampler_context, config.sampler_width,
+                                            config.sampler_state)
         if config.add_critic_head:
             self.critic_head = CriticHead(config.n_embd, config.sampler_context)
 
@@ -104,11 +106,11 @@ class GPT(nn.Module):
     def read_block(self, x, start, end):
         """The trunk's view of a block, masked, after finished text: x (B, T) ids, of which those before start count.
 
-        Returns hidden (B, end - start, C), and (B, C) the state of the last token before the block, 0 where it is first.
+        Returns hidden (B, end - start, C) and last (B, C), as blocks.views.
         """
-        hidden = self(x[:, :start], lay_out(start, [start], end - start, x.device))
-        last = hidden[:, start - 1] if start else torch.zeros_like(hidden[:, 0])
-        return hidden[:, start:], last
+        layout = lay_out(start, (start,), end - start, x.device)
+        hidden, last = views(self(x[:, :start], layout), layout)
+        return hidden, last[:, 0]
 
     def lm_head(self, hidden):
         """Logits (..., V - 1) float32 of hidden states (..., C). [MASK] has none, so no decoder can produce it."""

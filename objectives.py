@@ -13,6 +13,7 @@ import autoregressive
 import diffusion
 import judge
 from noise import derive
+from sampler import spread_choice
 
 
 def make_objective(model, config, generator=None):
@@ -27,7 +28,7 @@ class Objective(nn.Module):
 
     def __init__(self, model, config):
         super().__init__()
-        self.model = model
+        self.model, self.block_rows = model, config.block_rows
         # a function, not a module: the parameters are those of model, once
         compiled = config.compile and config.device.startswith('cuda')
         self.trunk = torch.compile(model.forward) if compiled else model.forward
@@ -42,11 +43,14 @@ class DiffusionObjective(Objective):
         t = diffusion.beta_ratios(diffusion.spread_ratios(len(x0))).to(x0.device, non_blocking=True)
         xt, mask = diffusion.mask_tokens(x0, t, self.model.mask_id)
         batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask)
-        losses = {'main': F.cross_entropy(batch.lm_logits, batch.targets)}
-        for name, value in diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows).items():
-            if name in ('sampler', 'critic'):
-                losses[name] = value
-        return losses
+        main, blocks = F.cross_entropy(batch.lm_logits, batch.targets), None
+        if self.block_rows:
+            generator = torch.Generator().manual_seed(derive(seed, 4))
+            chosen = spread_choice(len(x0), self.block_rows, generator).to(x0.device)
+            blocks, block_loss = diffusion.forward_blocks(self.trunk, self.model, x0[chosen], generator)
+            main = main + block_loss
+        heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
+        return {'main': main} | {name: heads[name] for name in ('sampler', 'critic') if name in heads}
 
     def validate(self, x0, batch_size, seed, sampler, critic):
         return diffusion.validate(self.model, x0, batch_size, seed, sampler, critic)

@@ -4,8 +4,8 @@ A decoder that follows a plan draws from a distribution whose likelihood is exac
 positions by what they drew, by confidence or by the critic, can only revise what a plan has filled.
 
 Plans of one pass: wavefront (the surest positions first, then outwards), left-to-right, fronts-N (N evenly spaced
-starts, each going right). Of any number of passes: blocks (from left to right), spans (the same in random order),
-interleaved (every K-th position, nested as van der Corput's sequence), random.
+starts, each going right). Of any number of passes: blocks (from left to right, inside them too), spans (blocks in
+random order, each from both ends), interleaved (every K-th position, nested as van der Corput's sequence), random.
 """
 from dataclasses import dataclass
 
@@ -19,10 +19,20 @@ ONE_PASS = ('wavefront', 'left-to-right', 'fronts-N')
 ANY_PASSES = ('blocks', 'spans', 'interleaved', 'random')
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A stretch of positions, start to end, filled from left to right by one who has read from read_from on."""
+    start: int
+    end: int
+    read_from: int
+
+
 @dataclass
 class Plan:
     pass_of: torch.Tensor    # (B, T) int64 from 0
     wave_of: torch.Tensor    # (B, T) int64; in wave 0 the language-model head fills, in later ones the sampler head
+    lanes: list = None       # [[Lane]] of each pass, where filling is from left to right
+    blockwise: bool = False    # the trunk reads text from left to right and the block behind it (blocks.py)
 
     @property
     def passes(self):
@@ -32,8 +42,7 @@ class Plan:
         """Sequential steps of filling: waves of any sequence, summed over passes; naive filling takes one each."""
         if not use_sampler:
             return self.passes
-        key = self.pass_of * (self.wave_of.max() + 1) + self.wave_of
-        return len(key.unique())
+        return len((self.pass_of * (self.wave_of.max() + 1) + self.wave_of).unique())
 
 
 def check_plan(name, passes):
@@ -59,16 +68,12 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, devic
     B, at = len(sequences), torch.arange(length)
     passes = min(passes, length)
     pass_of, wave_of = torch.zeros(B, length, dtype=torch.int64), None
+    if name == 'left-to-right' or is_fronts(name) or name == 'blocks':
+        plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks')
+        return Plan(plan.pass_of.expand(B, -1).to(device), plan.wave_of.expand(B, -1).to(device), plan.lanes,
+                    plan.blockwise)
     if name == 'wavefront':
         wave_of = wave_numbers(torch.ones_like(first), first).cpu().expand(B, -1)
-    elif name == 'left-to-right':
-        wave_of = at.expand(B, -1)
-    elif is_fronts(name):
-        n = min(int(name.partition('-')[2]), length)
-        wave_of = within_segments(at, n).expand(B, -1)
-    elif name == 'blocks':
-        pass_of = (at * passes // length).expand(B, -1)
-        wave_of = (within_segments(at, passes) + (pass_of > 0)).expand(B, -1)
     elif name == 'interleaved':
         pass_of = van_der_corput(passes)[at % passes].expand(B, -1)
     else:
@@ -85,11 +90,17 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, devic
     return Plan(pass_of.to(device), wave_of.to(device))
 
 
-def within_segments(at, n):
-    """Offset of each position in its segment: n segments of equal length over positions at (T,)."""
-    segment = at * n // len(at)
-    starts = torch.full((n,), len(at)).scatter_reduce(0, segment, at, 'amin')
-    return at - starts[segment]
+def from_left(length, n, blockwise):
+    """Plan (1, T) of n equal segments, each from left to right: one pass for each if blockwise, else one for all."""
+    n = min(n, length)
+    at = torch.arange(length)
+    segment = at * n // length
+    starts = torch.searchsorted(segment, torch.arange(n + 1))
+    offset = (at - starts[segment])[None]
+    bounds = list(zip(starts.tolist(), starts[1:].tolist()))
+    if not blockwise:
+        return Plan(torch.zeros_like(offset), offset, [[Lane(start, end, start) for start, end in bounds]])
+    return Plan(segment[None], offset, [[Lane(start, end, 0)] for start, end in bounds], n > 1)
 
 
 def first_pass_waves(now):

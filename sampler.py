@@ -1,7 +1,8 @@
 """The sampler head: fills masked positions wave after wave, each token conditioned on those just filled beside it.
 
 The trunk predicts every masked position on its own: tokens drawn from those marginals in parallel do not fit together.
-The head corrects the prediction at a position by the tokens around it, which the trunk may not have seen yet.
+The head corrects the prediction at a position by the tokens around it, which the trunk may not have seen yet; where it
+fills from left to right, by all that it has read on the left as well.
 A wave fills every masked position that has a known direct neighbour. When a position is filled depends on the mask
 alone, not on the tokens, so training can show each position exactly the neighbours that decoding will show it.
 
@@ -17,6 +18,11 @@ from layers import norm
 from noise import pieces, probability, sample
 
 
+def low_rank(n_in, n_out, rank, bias=True):
+    """A linear map in two factors, for which a small head has no room otherwise."""
+    return nn.Sequential(nn.Linear(n_in, min(rank, n_out), bias=False), nn.Linear(min(rank, n_out), n_out, bias=bias))
+
+
 class LocalContext(nn.Module):
     """Features of a position from its hidden state and the tokens around it: the first, linear layer of a head.
 
@@ -27,18 +33,17 @@ class LocalContext(nn.Module):
     def __init__(self, n_embd, width, offsets, n_code):
         super().__init__()
         self.register_buffer('offsets', torch.tensor(offsets), persistent=False)
-        self.hidden_proj = nn.Linear(n_embd, width)
+        self.hidden_proj = low_rank(n_embd, width, rank=48)
         self.token_code = nn.Linear(n_embd, n_code, bias=False)
         self.neighbor_proj = nn.Linear(len(offsets) * n_code, width, bias=False)
 
-    def tables(self, wte, ids=None):
-        """The tables of all offsets, stacked, over the vocabulary or over some ids (M,).
+    def codes(self, wte, ids):
+        """Short codes (..., D) of tokens ids (...) from the embeddings wte (V, C); that of [MASK], the last, is 0."""
+        return self.token_code(norm(wte.detach()[ids])) * (ids < len(wte) - 1)[..., None]
 
-        wte (V, C) token embeddings; [MASK], the last of them, adds nothing. Returns (S * V, H) or (S * M, H).
-        """
-        ids = torch.arange(len(wte), device=wte.device) if ids is None else ids
-        code = self.token_code(norm(wte.detach()[ids]))
-        code = code * (ids < len(wte) - 1)[:, None]
+    def tables(self, wte, ids=None):
+        """The tables of all offsets, stacked, over the vocabulary or over some ids (M,): (S * V, H) or (S * M, H)."""
+        code = self.codes(wte, torch.arange(len(wte), device=wte.device) if ids is None else ids)
         weight = self.neighbor_proj.weight.view(-1, len(self.offsets), code.size(-1))    # (H, S, D)
         return torch.einsum('vd,hsd->svh', code, weight).flatten(0, 1).to(wte.dtype)
 
@@ -57,24 +62,50 @@ class LocalContext(nn.Module):
 
 
 class SamplerHead(nn.Module):
-    """Moves the hidden state of a position by what its neighbours say; the language-model head then reads it as usual.
+    """Moves the hidden state of a position by what is known around it; the language-model head then reads it as usual.
 
-    One gated layer (GEGLU, https://arxiv.org/abs/2002.05202) on the local features, normalised before and after. The
-    output starts at zero, so the head starts as the trunk's own prediction.
+    One gated layer (GEGLU, https://arxiv.org/abs/2002.05202), normalised before and after, on a sum of features: of the
+    hidden state, of the tokens up to reach away, of the trunk's state at the last token before a block, and of a
+    recurrent state (GRU) that has read the tokens on the left. The last two are 0 where filling is not from left to
+    right. The output starts at zero, so the head starts as the trunk's own prediction.
     """
 
-    def __init__(self, n_embd, reach, width):
+    def __init__(self, n_embd, reach, width, n_state):
         super().__init__()
         self.reach = reach
         offsets = [*range(-reach, 0), *range(1, reach + 1)]
-        self.local = LocalContext(n_embd, width, offsets, n_code=width // 9)
+        self.local = LocalContext(n_embd, width, offsets, n_code=16)
+        self.last_proj = low_rank(n_embd, width, rank=32, bias=False)
+        self.reader = nn.GRU(16, n_state, batch_first=True)
+        self.state_proj = nn.Linear(n_state, width, bias=False)
         self.gate = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, n_embd, bias=False)
-        nn.init.zeros_(self.out.weight)
+        self.out = low_rank(width, n_embd, rank=64, bias=False)
+        nn.init.zeros_(self.out[1].weight)
 
-    def forward(self, hidden, projected, around, tables):
-        """hidden (N, C), projected (N, H) by local.hidden_proj, around (N, 2 * reach) ids -> hidden states (N, C)."""
-        x = norm(F.gelu(norm(self.local(projected, around, tables))))
+    def project(self, hidden, last=None):
+        """The part of the features that is known before any token is drawn: hidden, last (N, C) -> (N, H)."""
+        projected = self.local.hidden_proj(hidden)
+        return projected if last is None else projected + self.last_proj(last)
+
+    def states(self, text, wte):
+        """Recurrent state at each position, which has read the tokens on its left: text (B, T) ids -> (B, T, S)."""
+        if text.size(1) == 1:
+            return wte.new_zeros(len(text), 1, self.reader.hidden_size)
+        with uncast(wte):
+            read, _ = self.reader(self.local.codes(wte, text[:, :-1]))
+        return F.pad(read, (0, 0, 1, 0))    # 0: nothing read
+
+    def read(self, ids, state, wte):
+        """Recurrent state after one more token: ids (N,), state (N, S) -> (N, S)."""
+        weights = (getattr(self.reader, name) for name in ('weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0'))
+        return torch.gru_cell(self.local.codes(wte, ids), state, *weights)
+
+    def forward(self, hidden, projected, around, tables, state=None):
+        """hidden (N, C), projected (N, H), around (N, 2 * reach) ids, state (N, S) -> hidden states (N, C)."""
+        features = self.local(projected, around, tables)
+        if state is not None:
+            features = features + self.state_proj(state)
+        x = norm(F.gelu(norm(features)))
         gate, value = self.gate(x).chunk(2, -1)
         x = norm(x + F.gelu(gate) * value)
         return hidden + self.out(x)
@@ -125,10 +156,13 @@ def gather_neighbors(padded, sequences, positions, offsets, reach):
 
 @dataclass
 class SamplerExamples:
-    """Positions that the sampler head learns from, and what it may see there."""
-    hidden: torch.Tensor     # (N, C) the trunk's view, detached
-    targets: torch.Tensor    # (N,) clean ids
-    around: torch.Tensor     # (N, 2 * reach) ids of the neighbours, [MASK] where not yet known
+    """Positions that the sampler head learns from, and what it may know there."""
+    hidden: torch.Tensor      # (N, C) the trunk's view
+    targets: torch.Tensor     # (N,) clean ids
+    around: torch.Tensor      # (N, 2 * reach) ids of the neighbours, [MASK] where not yet known
+    last: torch.Tensor        # (N, C) the trunk's state at the last token before the block, else 0
+    state_of: torch.Tensor    # (N,) which of the R * T positions of text has the recurrent state, R * T for none
+    text: torch.Tensor        # (R, T) ids that the head reads from left to right
 
 
 def known_neighbors(x0, resample_mask, first, sequences, positions, offsets, mask_id):
@@ -154,21 +188,42 @@ def spread_choice(n_all, n, generator):
     return torch.arange(int(torch.randint(stride, (), generator=generator)), n_all, stride)
 
 
-def sampler_examples(model, batch, n_sequences, generator, augment=True):
-    """The masked positions of about n_sequences of a batch, a diffusion.MaskedBatch, as examples for the head.
+def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True):
+    """Examples from a batch, a diffusion.MaskedBatch, and from blocks, a diffusion.BlockBatch or None.
 
-    generator: of CPU noise. augment adds what plain masks lack. In every other sequence only a part of the masked
-    positions, often none, is to be filled: resampling and rescoring. And half as many sequences again are blank, as
-    every sequence is when decoding begins; the trunk reads one for all of them, for to it they look alike.
+    Half of n_sequences show their masked positions as a wavefront fills them. generator: of CPU noise. augment adds
+    what plain masks lack. In every other one of them only a part of the masked positions, often none, is to be filled:
+    resampling and rescoring. And blank sequences, as every sequence is when decoding begins: half as many again as a
+    wavefront fills them, and n_sequences from left to right; the trunk reads one for all, for to it they look alike.
     """
     (B, T), device = batch.x0.size(), batch.x0.device
-    chosen = spread_choice(B, n_sequences, generator)
+    chosen = spread_choice(B, max(1, n_sequences // 2), generator)
     blank = spread_choice(B, max(1, len(chosen) // 2), generator) if augment else chosen[:0]
+    read = spread_choice(B, n_sequences, generator) if augment else chosen[:0]
     blank_hidden = model(torch.full((1, T), model.mask_id, device=device))
-    x0 = batch.x0[torch.cat((chosen, blank)).to(device)]
-    mask = torch.cat((batch.mask[chosen.to(device)], torch.ones(len(blank), T, dtype=torch.bool, device=device)))
-    hidden = torch.cat((batch.hidden[chosen.to(device)], blank_hidden.expand(len(blank), -1, -1)))
+    parts = [wavefront_examples(model, batch, chosen.to(device), blank.to(device), blank_hidden, generator, augment)]
 
+    # from left to right: whole sequences that the trunk has not seen, and blocks after text that it has; but for the
+    # first position of each, which the language-model head fills
+    text = batch.x0[read.to(device)]
+    if augment and T > 1:
+        positions, hidden = torch.arange(1, T, device=device), blank_hidden[:, 1:].expand(len(text), -1, -1)
+        parts.append(from_left_examples(model, text, positions, hidden, torch.zeros_like(hidden)))
+    if augment and blocks is not None:
+        parts.append(from_left_examples(model, blocks.x0, blocks.positions, blocks.hidden, blocks.last, text.numel()))
+        text = torch.cat((text, blocks.x0))
+    none = torch.full_like(parts[0].targets, text.numel())
+    return SamplerExamples(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ('hidden', 'targets', 'around', 'last')),
+        torch.cat([none, *(part.state_of for part in parts[1:])]), text)
+
+
+def wavefront_examples(model, batch, chosen, blank, blank_hidden, generator, augment):
+    """The masked positions of chosen sequences, and those of blank ones, as a wavefront fills them."""
+    T, device = batch.x0.size(1), batch.x0.device
+    x0 = batch.x0[torch.cat((chosen, blank))]
+    mask = torch.cat((batch.mask[chosen], torch.ones(len(blank), T, dtype=torch.bool, device=device)))
+    hidden = torch.cat((batch.hidden[chosen], blank_hidden.expand(len(blank), -1, -1)))
     resample_mask = mask
     if augment:
         share = torch.rand(len(chosen), 1, generator=generator) - 0.3    # below 0 nothing is filled
@@ -181,7 +236,20 @@ def sampler_examples(model, batch, n_sequences, generator, augment=True):
     first = first_positions(resample_mask, score, model.config.sampler_min_neighbors_ratio)
     around = known_neighbors(x0, resample_mask, first, *mask.nonzero(as_tuple=True), model.sampler_head.local.offsets,
                              model.mask_id)
-    return SamplerExamples(hidden[mask], x0[mask], around)
+    return SamplerExamples(hidden[mask], x0[mask], around, torch.zeros_like(hidden[mask]), None, None)
+
+
+def from_left_examples(model, text, positions, hidden, last, start=0):
+    """Positions (M,) of every sequence of text (R, T), filled from left to right: hidden, last (R, M, C).
+
+    start: where the recurrent states of text begin among all of the examples'.
+    """
+    (R, T), head = text.shape, model.sampler_head
+    sequences, at = torch.arange(R, device=text.device).repeat_interleave(len(positions)), positions.repeat(R)
+    around = gather_neighbors(pad(text, head.reach, model.mask_id), sequences, at, head.local.offsets, head.reach)
+    around = torch.where(head.local.offsets < 0, around, model.mask_id)
+    return SamplerExamples(hidden.flatten(0, 1), text[sequences, at], around, last.flatten(0, 1),
+                           start + sequences * T + at, None)
 
 
 def confidence(logits):
@@ -193,7 +261,11 @@ def sampler_loss(head, examples, wte):
     """Cross-entropy of the head on SamplerExamples, nats, averaged; its gradient reaches the head alone. wte (V, C)."""
     hidden = examples.hidden.detach()
     tables, around = head.local.tables_for(wte, examples.around)
-    adjusted = head(hidden, head.local.hidden_proj(hidden), around, tables)
+    state = None
+    if len(examples.text):
+        states = head.states(examples.text, wte).flatten(0, 1)
+        state = F.pad(states, (0, 0, 0, 1))[examples.state_of]
+    adjusted = head(hidden, head.project(hidden, examples.last.detach()), around, tables, state)
     return F.cross_entropy(F.linear(adjusted, wte[:-1].detach()).float(), examples.targets)
 
 
@@ -230,7 +302,7 @@ class Wavefront:
             sequences, positions = flat[order] // T, flat[order] % T
             sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
             hidden, u = hidden[sequences, positions], u[sequences, positions]
-            projected = self.head.local.hidden_proj(hidden)
+            projected = self.head.project(hidden)
             x = pad(xt, reach, len(self.wte) - 1)
             start = 0
             for number, size in enumerate(sizes):
@@ -247,6 +319,44 @@ class Wavefront:
                 x[sequences[wave_at], positions[wave_at] + reach] = torch.cat(drawn)
                 start += size
         return x[:, reach:reach + T], wave, sum(size > 0 for size in sizes)
+
+    def fill_from_left(self, xt, mask, hidden, last, lanes, u, temperature, top_p):
+        """Fill the positions of mask from left to right, in every lane at once.
+
+        xt, mask (B, T); hidden (B, T, C); last (B, C) the trunk's state before the lanes, or None; lanes: a plans.Lane
+        for each stretch to fill. Returns as fill. Every sequence and lane takes each step: nothing waits for the
+        device, and no shape depends on what is drawn.
+        """
+        (B, T), n, reach, device = xt.shape, len(lanes), self.reach, xt.device
+        starts, ends = (torch.tensor([getattr(lane, name) for lane in lanes]) for name in ('start', 'end'))
+        sequences = torch.arange(B, device=device).repeat_interleave(n)
+        wave = torch.zeros_like(xt)
+        with uncast(hidden):
+            read = [F.pad(xt[:, lane.read_from:lane.start], (0, 1)) for lane in lanes]
+            state = torch.stack([self.head.states(text, self.wte)[:, -1] for text in read], 1).flatten(0, 1)
+            projected = self.head.project(hidden, None if last is None else last[:, None])
+            x = pad(xt, reach, self.wte.size(0) - 1)
+            known_left = self.head.local.offsets < 0
+            steps = int((ends - starts).max())
+            for t in range(steps):
+                positions = torch.minimum(starts + t, ends - 1).to(device).repeat(B)    # (B * n,)
+                at = sequences, positions
+                if t:
+                    state = self.head.read(x[sequences, positions - 1 + reach], state, self.wte)
+                around = gather_neighbors(x, *at, self.head.local.offsets, reach)
+                around = torch.where(known_left, around, self.wte.size(0) - 1)
+                nothing_read = t == 0 and lanes[0].read_from == lanes[0].start
+                heat = (1.0 if temperature else 0.0) if nothing_read else temperature
+                view = hidden[at]
+                if t:    # the first position is the language-model head's
+                    view = self.adjusted(view, projected[at], around, state)
+                drawn = torch.cat([sample(self.lm_head(view[part]), u[at][part], heat, top_p)
+                                   for part in pieces(len(view), len(self.wte))])
+                fills = mask[at] & (starts + t < ends).to(device).repeat(B)
+                column = positions + reach
+                x[sequences, column] = torch.where(fills, drawn, x[sequences, column])
+                wave[at] = torch.where(fills, t, wave[at])
+        return x[:, reach:reach + T], wave, steps
 
     def first(self, mask, hidden):
         """Where blank sequences begin, at the positions the trunk is surest of: mask (B, T), hidden (B, T, C)."""
@@ -265,7 +375,7 @@ class Wavefront:
         """
         with uncast(hidden):
             padded, hidden = pad(x, self.reach, len(self.wte) - 1), hidden[at]
-            projected = self.head.local.hidden_proj(hidden)
+            projected = self.head.project(hidden)
             return torch.cat([
                 probability(self.logits(padded, (at[0][part], at[1][part]), hidden[part], projected[part]),
                             x[at[0][part], at[1][part]]) for part in pieces(len(hidden), len(self.wte))])
@@ -273,10 +383,14 @@ class Wavefront:
     def logits(self, padded, at, hidden, projected):
         """The head's logits (N, V - 1) at positions: padded (B, T + 2 reach) ids; hidden (N, C); projected (N, H)."""
         around = gather_neighbors(padded, *at, self.head.local.offsets, self.reach)
+        return self.lm_head(self.adjusted(hidden, projected, around))
+
+    def adjusted(self, hidden, projected, around, state=None):
+        """The head's hidden states (N, C), with its tables or, for a large vocabulary, tables of the tokens around."""
         tables = self.tables
         if tables is None:
             tables, around = self.head.local.tables_for(self.wte, around)
-        return self.lm_head(self.head(hidden, projected, around, tables))
+        return self.head(hidden, projected, around, tables, state)
 
 
 def uncast(hidden):

@@ -60,12 +60,14 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 dropout = 0.0
+block_rows = 32             # sequences of a micro-batch that the trunk reads in blocks too; 0 is off
 # sampler head
 add_sampler_head = False
 start_sampler_iteration = 1000      # stage 2 begins
 sampler_min_neighbors_ratio = 0.01  # share of a sequence that is filled first where no token is known
 sampler_context = 8         # neighbours on each side that the head sees
-sampler_width = 192
+sampler_width = 128
+sampler_state = 192         # of its recurrent state
 sampler_rows = 64           # sequences of a micro-batch that the head learns from
 # critic head
 add_critic_head = False
@@ -75,7 +77,7 @@ critic_alpha = 1.0
 critic_rows = 2             # sequences of a micro-batch that are decoded for the critic
 # optimizer
 freeze_trunk = False        # train the heads alone
-learning_rate = 1e-3        # AdamW: embeddings and biases
+learning_rate = 1e-3        # AdamW: embeddings, biases, the recurrent state
 muon_learning_rate = 0.02   # Muon: every other matrix
 max_iters = 8000
 weight_decay = 0.1
@@ -273,9 +275,11 @@ def build(config, corpus, saved, processes):
 def make_optimizers(config, model):
     """{part: [Muon, AdamW]} for the trunk and each head: nothing is shared, so no part moves another."""
     optimizers = {}
+    recurrent = {p for module in model.modules() if isinstance(module, torch.nn.GRU) for p in module.parameters()}
     for part, params in model.parts().items():
         # Muon orthogonalises the update of a matrix between hidden layers
-        matrices = [p for p in params if p.dim() == 2 and p is not model.wte.weight and min(p.shape) > 1]
+        matrices = [p for p in params if p.dim() == 2 and min(p.shape) > 1
+                    and p is not model.wte.weight and p not in recurrent]
         others = [p for p in params if not any(p is m for m in matrices)]
         muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
         adam = torch.optim.AdamW(others, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)

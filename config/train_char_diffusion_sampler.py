@@ -25,7 +25,7 @@ muon_learning_rate = 0.02
 # without a GPU: a size whose three stages end within ten minutes on two cores
 if not torch.cuda.is_available():
     n_layer, n_head, n_embd, dropout = 4, 3, 192, 0.0
-    batch_size, sampler_rows = 16, 16
+    batch_size, sampler_rows, block_rows = 16, 16, 8
     max_iters, eval_interval = 2000, 500
-    start_sampler_iteration, start_critic_iteration, end_critic_iteration = 500, 1500, 1700
+    start_sampler_iteration, start_critic_iteration, end_critic_iteration = 200, 1500, 1700
     learning_rate = 3e-3

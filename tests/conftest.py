@@ -27,7 +27,7 @@ TINY = ['config/train_char_diffusion_sampler.py', '--n_layer=2', '--n_head=2', '
         '--batch_size=8', '--max_iters=12', '--start_sampler_iteration=3', '--start_critic_iteration=6',
         '--end_critic_iteration=9', '--eval_interval=6', '--log_interval=1', '--eval_rows=12', '--warmup_iters=2',
         '--device=cpu', '--dtype=float32', '--dropout=0.0', '--dataset=toy', '--sampler_context=2',
-        '--sampler_width=32']
+        '--sampler_width=32', '--sampler_state=16', '--block_rows=4']
 NO_HEADS = ['--add_sampler_head=False', '--add_critic_head=False']
 
 
@@ -128,6 +128,7 @@ def tiny_model(seed=0, heads=True, **changes):
     """A float64 model with random weights everywhere, zero-initialised layers too, so that every input matters."""
     torch.manual_seed(seed)
     settings = dict(vocab_size=12, block_size=24, n_layer=2, n_head=2, n_embd=16, sampler_context=2, sampler_width=16,
+                    sampler_state=8,
                     add_sampler_head=heads, add_critic_head=heads)
     model = GPT(GPTConfig(**settings | changes)).double().eval()
     for p in model.parameters():

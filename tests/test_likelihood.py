@@ -20,7 +20,7 @@ PLANS = [('left-to-right', 1), ('fronts-2', 1), ('blocks', 2), ('blocks', 5), ('
 
 def tiny(seed=0):
     model = tiny_model(seed, vocab_size=V + 1, block_size=T)
-    model.sampler_head.out.weight.data *= 4    # neighbours matter
+    model.sampler_head.out[1].weight.data *= 4    # neighbours matter
     return model
 
 
@@ -179,7 +179,7 @@ def test_plans_by_hand():
     assert plan('left-to-right', 1).wave_of.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert plan('fronts-2', 1).wave_of.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     blocks = plan('blocks', 2)
-    assert blocks.pass_of.tolist() == [[0] * 4 + [1] * 4] and blocks.wave_of.tolist() == [[0, 1, 2, 3, 1, 2, 3, 4]]
+    assert blocks.pass_of.tolist() == [[0] * 4 + [1] * 4] and blocks.wave_of.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert plan('interleaved', 4).pass_of.tolist() == [[0, 2, 1, 3] * 2]
     assert plan('interleaved', 4).steps() == 4 and blocks.steps() == 8 and blocks.steps(use_sampler=False) == 2
     assert plan('blocks', 100).passes == 8, 'no more passes than positions'
