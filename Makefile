@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python sample_simple.py --num-samples 3 --no-progress
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

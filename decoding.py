@@ -58,18 +58,19 @@ class DecoderConfig:
         return (1 - done) * self.temperature + done * self.end_temperature    # exactly the end at the end
 
 
-def default_config(model, iterations=15, use_sampler=None, **changes):
+def default_config(model, iterations=15, use_sampler=None, prefix_only=True, **changes):
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
-    use_sampler None: wherever the model has a sampler head. The critic orders what the sampler head filled, for it
-    learned from that; without the head confidence does.
+    use_sampler None: wherever the model has a sampler head. With it the first pass fills everything from left to right,
+    unless text is given elsewhere than as a prefix (prefix_only False), and the others revise, in the critic's order,
+    for it learned from what the head fills. Without it the order is that of confidence.
     """
     use_sampler = model.sampler_head is not None if use_sampler is None else use_sampler
     schedule = FEW if iterations < 8 else MANY
     config = DecoderConfig(
         use_sampler=use_sampler, order='critic' if use_sampler and model.critic_head is not None else 'confidence',
         mask_ratios=tuple(linear_ratios(iterations, schedule['start_ratio'], schedule['end_ratio'])),
-        temperature=0.8)
+        plan='left-to-right' if use_sampler and prefix_only else 'wavefront', temperature=0.8)
     return replace(config, **changes)
 
 
@@ -154,8 +155,10 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
     corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
     unknown, waves, hidden = free, 0, 0
     plan = None    # the wavefront's own order is that of every fill
-    if config.plan != 'wavefront':
-        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, device=x.device)
+    if config.plan != 'wavefront' and free.any():
+        prefix = int(free.any(0).float().argmax())
+        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=prefix,
+                         device=x.device)
     score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
     for i in range(config.passes):
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked

@@ -123,17 +123,19 @@ def forward_blocks(trunk, model, x0, generator):
 def critic_examples(model, batch, n_sequences, seed, iterations):
     """Sequences as the shipped decoder fills them, after each of its passes, and the same ones of real text.
 
-    About n_sequences of the batch are decoded from their masks, every other one from a blank sequence. Of the real text
-    the trunk sees what it would have seen had the decoder drawn the real tokens: the same masks over the clean
-    sequence. Returns generated and real, pairs of ids (P * n, T) and hidden states (P * n, T, C), after P passes each,
+    About n_sequences of the batch are decoded, from their masks or, as often, from nothing. Of the real text the trunk
+    sees what it would have seen had the decoder drawn the real tokens: the same masks over the clean sequence. Returns
+    generated and real, pairs of ids (P * n, T) and hidden states (P * n, T, C), after P passes each,
     and mask (P * n, T) bool, the positions that were not given.
     """
     generator = torch.Generator().manual_seed(derive(seed, 0))
     chosen = spread_choice(len(batch.x0), n_sequences, generator).to(batch.x0.device)
     x0, mask = batch.x0[chosen], batch.mask[chosen].clone()
-    mask[int(torch.randint(2, (), generator=generator))::2] = True
+    blank = bool(torch.randint(2, (), generator=generator))
+    if blank:
+        mask.fill_(True)
     steps = []
-    config = default_config(model, iterations, seed=derive(seed, 1))
+    config = default_config(model, iterations, prefix_only=blank, seed=derive(seed, 1))
     decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append)
     views = [0]
     for step in steps:

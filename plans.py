@@ -59,17 +59,18 @@ def is_fronts(name):
     return start == 'fronts' and n.isdigit() and int(n) > 0
 
 
-def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, device='cpu'):
+def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start=0, device='cpu'):
     """The plan of a name: length T, passes K <= T; seed and sequences (B,) choose random ones; Plan of (B, T).
 
     first (B, T) bool: the positions that a wavefront begins with, which depend on the model (sampler.first_positions).
+    start: how many positions are given as a prefix, before which filling from left to right does not begin.
     """
     check_plan(name, passes)
     B, at = len(sequences), torch.arange(length)
     passes = min(passes, length)
     pass_of, wave_of = torch.zeros(B, length, dtype=torch.int64), None
     if name == 'left-to-right' or is_fronts(name) or name == 'blocks':
-        plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks')
+        plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
         return Plan(plan.pass_of.expand(B, -1).to(device), plan.wave_of.expand(B, -1).to(device), plan.lanes,
                     plan.blockwise)
     if name == 'wavefront':
@@ -90,17 +91,20 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, devic
     return Plan(pass_of.to(device), wave_of.to(device))
 
 
-def from_left(length, n, blockwise):
-    """Plan (1, T) of n equal segments, each from left to right: one pass for each if blockwise, else one for all."""
-    n = min(n, length)
-    at = torch.arange(length)
-    segment = at * n // length
-    starts = torch.searchsorted(segment, torch.arange(n + 1))
-    offset = (at - starts[segment])[None]
+def from_left(length, n, blockwise, start=0):
+    """Plan (1, T) of n equal segments, each from left to right: one pass for each if blockwise, else one for all.
+
+    The segments divide what lies behind start. Where the trunk has text before a single segment, it reads blockwise.
+    """
+    n, at = min(n, length - start), torch.arange(length)
+    segment = ((at - start) * n // (length - start)).clamp(min=0)
+    starts = torch.searchsorted(segment, torch.arange(n + 1)).clamp(min=start)
+    offset = (at - starts[segment]).clamp(min=0)[None]
     bounds = list(zip(starts.tolist(), starts[1:].tolist()))
-    if not blockwise:
-        return Plan(torch.zeros_like(offset), offset, [[Lane(start, end, start) for start, end in bounds]])
-    return Plan(segment[None], offset, [[Lane(start, end, 0)] for start, end in bounds], n > 1)
+    if blockwise or n == 1:
+        lanes = [[Lane(begin, end, 0)] for begin, end in bounds]
+        return Plan(segment[None], offset, lanes, blockwise=n > 1 or start > 0)
+    return Plan(torch.zeros_like(offset), offset, [[Lane(begin, end, begin) for begin, end in bounds]])
 
 
 def first_pass_waves(now):

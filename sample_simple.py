@@ -26,6 +26,7 @@ from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
 from judge import Judge
 from noise import POSITIONS, uniform
+from plans import ANY_PASSES, ONE_PASS, check_plan
 
 SCHEMA = 2    # of the file that --save writes
 
@@ -53,6 +54,10 @@ def arguments():
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
     add('--end-temperature', type=float, help='of the last pass, reached evenly (default: --temperature)')
     add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
+    add('--plan', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
+        '(default: left-to-right with a sampler, where text is given as a prefix or not at all; else wavefront)')
+    add('--plan-passes', type=int, help='iterations that the plan takes; the others revise (default: 1, or all for a '
+        f'plan of any number: {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
     add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio',
         help='remask a share of the tokens, or those whose remask score is above --threshold')
@@ -91,7 +96,7 @@ def check(args):
                             ('iterations', 1, None), ('temperature', 0, None), ('end_temperature', 0, None),
                             ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1), ('threshold', 1e-6, 1),
                             ('corrections', 0, None), ('correction_ratio', 0, 1), ('randomness_strength', 0, None),
-                            ('seed', -1, None)):
+                            ('plan_passes', 1, None), ('seed', -1, None)):
         value = getattr(args, name)
         if value is not None and not (value >= low and (high is None or value <= high)):
             wanted = f'at least {low}' if high is None else f'{low} to {high}'
@@ -128,18 +133,27 @@ def decoder_config(args, model, path):
     """The DecoderConfig that the flags ask for: the defaults, changed by each flag that was given."""
     if args.order == 'critic' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic needs')
-    config = default_config(model, args.iterations, False if args.disable_sampler else None, seed=args.seed,
-                            temperature=args.temperature, end_temperature=args.end_temperature, top_p=args.top_p,
+    prefix_only = not args.seed_text or args.seed_placement == 'prefix'
+    use_sampler = False if args.disable_sampler else None
+    given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
+    config = default_config(model, args.iterations, use_sampler, prefix_only, seed=args.seed, top_p=args.top_p,
+                            temperature=args.temperature, end_temperature=args.end_temperature,
                             revise=not args.no_revise, randomness_strength=args.randomness_strength,
                             corrections=args.corrections, correction_ratio=args.correction_ratio,
-                            threshold=args.threshold or 0.0)
-    config.order = args.order or config.order
+                            threshold=args.threshold or 0.0, **given)
+    config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
+    check_plan(config.plan, config.plan_passes)
+    revisions = args.iterations - config.plan_passes
+    if revisions < 0:
+        raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
     if args.masking_ratios is not None:
-        config.mask_ratios = tuple(args.masking_ratios)
-    elif config.passes > 1:
+        config.mask_ratios = tuple(args.masking_ratios[:revisions])
+    elif revisions:
         start = config.mask_ratios[0] if args.start_ratio is None else args.start_ratio
         end = config.mask_ratios[-1] if args.end_ratio is None else args.end_ratio
-        config.mask_ratios = tuple(linear_ratios(args.iterations, start, end))
+        config.mask_ratios = tuple(linear_ratios(revisions + 1, start, end))
+    else:
+        config.mask_ratios = ()
     return config
 
 
