@@ -7,7 +7,7 @@ which sees the text before it and itself, but neither what comes later nor anoth
 Reference: block diffusion, https://arxiv.org/abs/2503.09573
 """
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class BlockLayout:
         return len(self.positions) - self.n_masks
 
 
-@cache
+@lru_cache(maxsize=64)
 def lay_out(n_text, starts, size, device='cpu'):
     """BlockLayout of n_text tokens and the blocks of size positions that begin at starts, a tuple, each <= n_text."""
     starts = torch.tensor(starts, device=device)

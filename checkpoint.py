@@ -29,6 +29,10 @@ def path_of(config):
     return os.path.join(config.out_dir, config.checkpoint_name)
 
 
+def best_path_of(config):
+    return os.path.join(config.out_dir, f'{stem_of(config)}_best.pt')
+
+
 def stem_of(config):
     return config.checkpoint_name.removesuffix('.pt')
 
@@ -40,17 +44,17 @@ def metrics_path(config):
 
 def paths_to_save(config, better):
     """Where the present state goes. The best comes first: a kill between the two leaves nothing stale."""
-    best = os.path.join(config.out_dir, f'{stem_of(config)}_best.pt')
     if not config.always_save_checkpoint:
         return [path_of(config)] if better else []
-    return [best, path_of(config)] if better else [path_of(config)]
+    return [best_path_of(config), path_of(config)] if better else [path_of(config)]
 
 
 def refuse_to_replace(path, config):
     """InputError where a run from scratch would replace a checkpoint, unless it may."""
-    if os.path.exists(path) and not (config.overwrite or config.eval_only):
-        raise InputError(f'{path!r} exists and a new run would replace it; go on from it with --init_from=resume, '
-                         f'choose another --out_dir, or replace it with --overwrite=True')
+    for found in filter(os.path.exists, (path, best_path_of(config))):
+        if not (config.overwrite or config.eval_only):
+            raise InputError(f'{found!r} exists and a new run would replace it; go on with --init_from=resume, choose '
+                             f'another --out_dir, or replace it with --overwrite=True')
     if config.generator_checkpoint and os.path.realpath(config.generator_checkpoint) == os.path.realpath(path):
         raise InputError(f'the judge would replace its generator {path!r}; choose another --out_dir or '
                          f'--checkpoint_name')
@@ -149,10 +153,12 @@ def require_same_vocabulary(corpus, path, wanted):
                          f'{wanted["name"]!r}')
 
 
-def load_generator(path, corpus):
-    """The frozen generator of a judge's examples. InputError unless it is one, for a corpus of this vocabulary."""
+def load_generator(path, corpus, block_size):
+    """The frozen generator of a judge's examples. InputError unless it is one, of this vocabulary and block size."""
     model, _, saved = load_model(path)
     require_generator(model, path)
+    if model.config.block_size < block_size:
+        raise InputError(f'{path!r} has block_size={model.config.block_size}, the judge {block_size}; wanted no more')
     require_same_vocabulary(saved['corpus'], path, corpus)
     return model
 
@@ -165,6 +171,9 @@ def load_for_resume(path, config):
     saved = load(path)
     require(saved, REQUIRED_TO_RESUME, path)
     args = saved['model_args']
+    require(args, {f.name for f in fields(GPTConfig)}, f'{path} (model_args)')
+    require(saved['start_iter'], {'trunk', 'sampler', 'critic'}, f'{path} (start_iter)')
+    require(saved['config'], {'dtype', 'start_sampler_iteration', 'start_critic_iteration'}, f'{path} (config)')
     for name in SHAPE + HEAD_SHAPE + ('add_sampler_head', 'add_critic_head'):
         if not hasattr(config, name):
             continue    # vocab_size: compared by the corpus
@@ -195,7 +204,7 @@ def fresh_heads(saved, names=('sampler', 'critic')):
 def load_weights(model, saved, path):
     """Put the weights of a checkpoint into model; returns the heads of model that it lacks, which stay fresh."""
     fresh = [head for head in fresh_heads(saved) if head in model.parts()]
-    expected = {k for k in model.state_dict() if not k.startswith(tuple(f'{head}_head' for head in fresh) or '-')}
+    expected = {k for k in model.state_dict() if not any(k.startswith(f'{head}_head') for head in fresh)}
     weights = saved['model']
     wrong = sorted(k for k in expected | set(weights)
                    if k not in weights or k not in expected or weights[k].shape != model.state_dict()[k].shape)

@@ -83,6 +83,9 @@ def check_training(config):
                           ('model_mode', ('language_model', 'sequence_scorer'))):
         if getattr(c, name) not in allowed:
             raise InputError(f'{name}={getattr(c, name)!r}, wanted {" or ".join(allowed)}')
+    if c.checkpoint_name.endswith('_best.pt') or not c.checkpoint_name.endswith('.pt'):
+        raise InputError(f'checkpoint_name={c.checkpoint_name!r}, wanted a name that ends in .pt but not in _best.pt, '
+                         f'which the run keeps itself; copy that file to another folder to go on from it')
     heads = c.add_sampler_head or c.add_critic_head
     if heads and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
         raise InputError(f'the heads need attention_type=bidirectional and model_mode=language_model, found '
@@ -97,5 +100,14 @@ def check_training(config):
                  'log_interval', 'n_layer', 'sampler_context', 'sampler_rows', 'critic_rows'):
         if getattr(c, name) < 1:
             raise InputError(f'{name}={getattr(c, name)}, wanted at least 1')
+    if c.block_rows < 0 or min(c.sampler_width, c.sampler_state) < 1:
+        raise InputError(f'block_rows={c.block_rows}, sampler_width={c.sampler_width}, '
+                         f'sampler_state={c.sampler_state}; wanted at least 0, 1 and 1')
+    if c.add_sampler_head and c.add_critic_head and c.start_critic_iteration < c.start_sampler_iteration:
+        raise InputError(f'start_critic_iteration={c.start_critic_iteration} comes before '
+                         f'start_sampler_iteration={c.start_sampler_iteration}; the critic learns from the sampler')
+    if c.add_critic_head and c.end_critic_iteration < c.start_critic_iteration:
+        raise InputError(f'end_critic_iteration={c.end_critic_iteration} comes before '
+                         f'start_critic_iteration={c.start_critic_iteration}')
     if not 0 <= c.sampler_min_neighbors_ratio <= 1:
         raise InputError(f'sampler_min_neighbors_ratio={c.sampler_min_neighbors_ratio}, wanted 0 to 1')

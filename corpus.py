@@ -130,6 +130,14 @@ def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR):
     write_atomically(os.path.join(folder, 'meta.json'), json.dumps(meta).encode())
 
 
+def make_folder(path):
+    """Make a folder for results. InputError where that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'cannot write {path!r}: {error.strerror}; wanted a folder that can be written') from error
+
+
 def write_atomically(path, data):
     """Write bytes so that path is the old file or the whole new one, never a part."""
     part = f'{path}.{os.getpid()}.part'

@@ -153,21 +153,22 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
     filler, critic = (Wavefront if config.use_sampler else Naive)(model), model.critic_head
     reach = max(filler.reach, critic.reach if critic is not None else 0)
     corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
-    unknown, waves, hidden = free, 0, 0
+    x, unknown, waves, hidden = torch.where(free, model.mask_id, x), free, 0, 0
     plan = None    # the wavefront's own order is that of every fill
     if config.plan != 'wavefront' and free.any():
-        prefix = int(free.any(0).float().argmax())
-        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=prefix,
+        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
+        config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)    # the last ones may be given
     score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
     for i in range(config.passes):
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked
         xt, last = torch.where(unknown, model.mask_id, x), None
-        planned = plan is not None and i < plan.passes
+        planned = plan is not None and i < config.plan_passes
         if planned and plan.blockwise:
             (lane,) = plan.lanes[i]
             block, last = model.read_block(xt, lane.start, lane.end)
-            hidden = F.pad(block, (0, 0, lane.start, x.size(1) - lane.end))
+            read = F.pad(block, (0, 0, lane.start, x.size(1) - lane.end))
+            hidden = torch.where((plan.pass_of == i)[..., None] & unknown[..., None], read, hidden)
         else:
             hidden = torch.where(unknown[..., None], model(xt), hidden)
         mask = unknown & (plan.pass_of == i) if planned else unknown
@@ -207,7 +208,8 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
         remasked = later
         if config.plan_passes <= i + 1 < config.passes:
             remasked = positions_to_remask(config, i, score, mask, free, sequences, positions)
-            remasked = remasked & mask.any(1, keepdim=True)    # a finished sequence stays so, whatever the others do
+            if not planned:    # a finished sequence stays so, whatever the others do
+                remasked = remasked & mask.any(1, keepdim=True)
         if on_pass:
             on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'hidden': hidden, 'wave': wave_of,
                      'remask_score': torch.where(free, score, 0), 'remasked': remasked})
@@ -216,6 +218,17 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
             break
     p_generated = None if critic is None else torch.where(free, torch.sigmoid(critic_logits), 0)
     return Decoded(x, p_generated, i + 1, waves)
+
+
+def given_prefix(free):
+    """How many leading positions are given: free (B, T) bool. ValueError unless that is one number for all sequences.
+
+    What a sequence becomes must not depend on the others, and filling from left to right begins behind the prefix.
+    """
+    lengths = free.float().argmax(1)[free.any(1)].unique().tolist()
+    if len(lengths) != 1:
+        raise ValueError(f'prefixes of {lengths} given tokens in one batch, wanted one length; decode them apart')
+    return lengths[0]
 
 
 def blocks(length, block_size):

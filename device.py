@@ -39,16 +39,16 @@ def bfloat16_speedup():
 
     Flags of the processor do not tell: AVX512-BF16 and AMX both make bfloat16 the faster one, older ones the slower.
     """
-    def fastest(dtype, repeats=5):
-        x, weight = torch.randn(1024, 256).to(dtype), torch.randn(768, 256).to(dtype)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            F.linear(x, weight)
-            times.append(time.perf_counter() - start)
-        return min(times)
     with torch.random.fork_rng(devices=[]):
-        return fastest(torch.float32) / fastest(torch.bfloat16)
+        x, weight = torch.randn(1024, 256), torch.randn(768, 256)
+    times = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(10):    # in turn, so that other work on the machine slows both
+        for dtype, seconds in times.items():
+            operands = x.to(dtype), weight.to(dtype)
+            start = time.perf_counter()
+            F.linear(*operands)
+            seconds.append(time.perf_counter() - start)
+    return min(times[torch.float32]) / min(times[torch.bfloat16])
 
 
 def autocast(device, dtype):

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from blocks import lay_out, views
 from critic import critic_loss
 from decoding import decode_block, default_config
+from likelihood import log_likelihood
 from metrics import area_under_roc
 from noise import derive
+from plans import make_plan
 from sampler import sampler_examples, sampler_loss, spread_choice
 
 BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
@@ -105,7 +107,7 @@ def forward_blocks(trunk, model, x0, generator):
     each token given those before it, and a quarter of that of the masked positions, the first of a block more.
     """
     R, T = x0.shape
-    sizes = [T // n for n in BLOCKS if T % n == 0 and T >= n]
+    sizes = [T // n for n in BLOCKS if T % n == 0] or [T]
     size = sizes[int(torch.randint(len(sizes), (), generator=generator))]
     parity = int(torch.randint(2, (), generator=generator)) if T > size else 0
     layout = lay_out(T, tuple(range(parity * size, T, 2 * size)), size, x0.device)
@@ -137,14 +139,14 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
     steps = []
     config = default_config(model, iterations, prefix_only=blank, seed=derive(seed, 1))
     decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append)
-    views = [0]
+    hidden = [0]
     for step in steps:
         masked = step['xt'] == model.mask_id
-        view = model(torch.where(masked, model.mask_id, x0))
-        views.append(torch.where(masked[..., None], view, views[-1]))
+        read = model(torch.where(masked, model.mask_id, x0))
+        hidden.append(torch.where(masked[..., None], read, hidden[-1]))
     n = len(steps)
     generated = torch.cat([step['x'] for step in steps]), torch.cat([step['hidden'] for step in steps])
-    return generated, (x0.repeat(n, 1), torch.cat(views[1:])), mask.repeat(n, 1)
+    return generated, (x0.repeat(n, 1), torch.cat(hidden[1:])), mask.repeat(n, 1)
 
 
 def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True, critic_iterations=None, blocks=None):
@@ -175,8 +177,9 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     x0 (R, T) int64 on the model's device. A sequence's number of masks n is spread evenly over 1..T, and its part of
     the bound is the sum of masked cross-entropies / (n / T) / T, in expectation the bound of independent masks (LLaDA).
     Returns {'nelbo': nats per token, 'nelbo_error': its standard error over sequences (an upper one: that n is spread
-    evenly lowers the true error), 'main': cross-entropy over masked tokens, 'sampler', 'critic', 'critic_auc': as far
-    as asked for}. The critic sees a few sequences of one batch in four, decoded in 4 iterations.
+    evenly lowers the true error), 'main': cross-entropy over masked tokens, 'sampler': that of the head as a wavefront
+    fills them, 'one_pass_nll': exact, of the head from left to right in one forward pass, 'critic', 'critic_auc': as
+    far as asked for}. The critic sees a few sequences of one batch in four, decoded in 4 iterations.
     """
     R, T = x0.size()
     generator = torch.Generator().manual_seed(seed)
@@ -202,6 +205,10 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     if ranked:
         targets, logits = (torch.cat(values) for values in zip(*ranked))
         result['critic_auc'] = area_under_roc(targets, logits)
+    if sampler:
+        plan = make_plan('left-to-right', T, 1, device=x0.device)
+        nll = [-log_likelihood(model, part, plan).mean(1) for part in x0.split(batch_size)]
+        result['one_pass_nll'] = torch.cat(nll).mean().item()
     for name, values in totals.items():
         result[name] = (sum(v * w for v, w in values) / sum(w for _, w in values)).item()
     return result

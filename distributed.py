@@ -37,6 +37,14 @@ class Processes:
         self.barrier()
         return result if self.master_process else function()
 
+    def of_first(self, function):
+        """What function() returns in the first process, in all of them."""
+        if not dist.is_initialized():
+            return function()
+        result = [function() if self.master_process else None]
+        dist.broadcast_object_list(result)
+        return result[0]
+
     def wrap(self, module):
         """module with gradients averaged over processes, its weights made equal; anew when other parameters train."""
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):

@@ -30,7 +30,7 @@ import diffusion
 import likelihood_table
 import report
 from checkpoint import load_model, require_generator, require_same_vocabulary
-from corpus import DATA_DIR, Corpus, write_atomically
+from corpus import DATA_DIR, Corpus, make_folder, write_atomically
 from decoding import DecoderConfig, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
@@ -42,8 +42,8 @@ from plans import ANY_PASSES
 BATCH = 32    # samples decoded at a time
 EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
 # what decides the results besides the files; report.py only presents them
-SOURCES = ('autoregressive', 'critic', 'decoding', 'diffusion', 'evaluate', 'judge', 'layers', 'metrics', 'model',
-           'ngram', 'noise', 'plans', 'sampler')
+SOURCES = ('autoregressive', 'blocks', 'critic', 'decoding', 'diffusion', 'evaluate', 'judge', 'layers', 'metrics',
+           'model', 'ngram', 'noise', 'plans', 'sampler')
 
 
 # -----------------------------------------------------------------------------
@@ -151,6 +151,9 @@ class Evaluation:
         self.seed, self.n = args.seed, args.num_samples
         self.load_models(args)
         self.length = min(self.model.config.block_size, self.evaluator.config.block_size + 1)
+
+    def open(self, args):
+        """The results so far, the real text that samples are compared with, and the n-gram evaluator."""
         self.open_results(args)
         # real text, and as much again for it to be compared with
         both = self.corpus.spread_rows('val', 2 * self.n, self.length)
@@ -190,10 +193,7 @@ class Evaluation:
                     'code': code_version(), 'seed': self.seed, 'num_samples': self.n, 'length': self.length,
                     'device': self.device, 'dtype': self.dtype, 'hardware': hardware, 'torch': torch.__version__}
         self.result = {'identity': identity, 'reference': {}, 'settings': {}}
-        try:
-            os.makedirs(args.out_dir, exist_ok=True)
-        except OSError as error:
-            raise InputError(f'cannot write --out-dir {args.out_dir!r}: {error.strerror}') from error
+        make_folder(args.out_dir)
         if os.path.exists(self.path) and not args.overwrite:
             self.result = same_identity(self.path, identity)
         self.result |= {'command': shlex.join(['python', *sys.argv]), 'checkpoint': args.checkpoint,
@@ -374,6 +374,7 @@ def main():
     if args.likelihood:
         likelihood_table.write(evaluation, args.passes or likelihood_table.PASSES, args.out_dir, progress)
         return
+    evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)
     settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick)
     evaluation.measure_reference()

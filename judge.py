@@ -21,7 +21,7 @@ from metrics import rank_correlation
 
 ITERATIONS = (1, 4, 15)       # of the fills: those that users run
 TEMPERATURES = (0.6, 1.2)     # range of the fills
-CLEAN, BLANK = 0.25, 0.25     # shares of sequences that stay real, and that the decoder writes whole
+CLEAN, BLANK = 0.25, 0.25     # share of sequences that stay real, and of batches that the decoder writes whole
 
 
 def make_examples(generator, x0, rng):
@@ -30,13 +30,12 @@ def make_examples(generator, x0, rng):
     x0 (B, T) ids; rng: numpy Generator, which chooses masks, iterations, temperature and whether the sampler head is
     used, for the whole batch. Returns x (B, T) ids and real (B, T) bool, False where the decoder generated the token.
     """
-    B, T = x0.shape
+    (B, T), blank = x0.shape, bool(rng.random() < BLANK)
     noise = torch.Generator(x0.device).manual_seed(int(rng.integers(2 ** 62)))
-    share = spread_ratios(B, noise, x0.device)
-    ratio = (share - CLEAN) / (1 - CLEAN - BLANK)    # up to 0: stays real; 1 and above: written whole
+    ratio = (spread_ratios(B, noise, x0.device) - CLEAN) / (1 - CLEAN)    # up to 0: stays real
     _, mask = mask_tokens(x0, ratio.clamp(1 / T, 1), generator.mask_id, noise)
-    mask = mask & (ratio > 0)[:, None]
-    config = default_config(generator, int(rng.choice(ITERATIONS)),
+    mask = (mask | blank) & (ratio > 0)[:, None]
+    config = default_config(generator, int(rng.choice(ITERATIONS)), prefix_only=blank,
                             use_sampler=generator.sampler_head is not None and bool(rng.integers(2)),
                             temperature=float(rng.uniform(*TEMPERATURES)), seed=int(rng.integers(2 ** 31)))
     return decode_block(generator, x0, mask, config, range(B), range(T)).x, ~mask

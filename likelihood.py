@@ -41,9 +41,10 @@ def log_likelihood(model, x0, plan, use_sampler=True):
         sequences, positions = (pass_of == k).nonzero(as_tuple=True)
         for part in pieces(len(sequences), model.config.vocab_size):
             at = sequences[part], positions[part]
-            logits = model.lm_head(hidden[at])
             if use_sampler:
                 logits = sampler_logits(model, x0, key, wave_of, hidden, at, last, state)
+            else:
+                logits = model.lm_head(hidden[at])
             log_prob = torch.log_softmax(logits.double(), -1).gather(1, x0[at][:, None])[:, 0]
             result[at[0].cpu(), at[1].cpu()] = log_prob.cpu()
     return result

@@ -15,10 +15,10 @@ from tqdm import tqdm
 import autoregressive
 import decoding
 import diffusion
-from corpus import write_atomically
+from corpus import make_folder, write_atomically
 from device import autocast
 from likelihood import log_likelihood
-from plans import ONE_PASS, Plan, make_plan
+from plans import Plan, make_plan
 from sampler import Wavefront
 
 SEQUENCES = 432    # validation sequences, as many as train.py's evaluations have
@@ -37,13 +37,13 @@ def list_decoders(model, passes):
     return found
 
 
-def plan_of(model, name, passes, sequences, device):
-    """The plan that the decoder of this name follows over a whole block."""
+def plan_of(model, name, passes, seed, sequences, device):
+    """The Plan that the decoder of this name follows over a whole block, (B, T) for sequences (B,)."""
     T, first = model.config.block_size, None
-    if name == ONE_PASS[0]:
+    if name == 'wavefront':
         blank = torch.full((1, T), model.mask_id, device=device)
         first = Wavefront(model).first(torch.ones_like(blank, dtype=torch.bool), model(blank))
-    return make_plan(name, T, passes, sequences=sequences, first=first, device=device)
+    return make_plan(name, T, passes, seed, sequences, first, device=device)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def measure(evaluation, decoders, progress):
             use_sampler, nll = decoder == 'wavefront', []
             for start in range(0, SEQUENCES, BATCH):
                 sequences = range(start, min(start + BATCH, SEQUENCES))
-                plan = plan_of(model, name, passes, sequences, device)
+                plan = plan_of(model, name, passes, evaluation.seed, sequences, device)
                 nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
             nll = torch.cat(nll)
             one = Plan(plan.pass_of[:1], plan.wave_of[:1])
@@ -147,6 +147,7 @@ def plot(entries, corpus, path):
 
 def write(evaluation, passes, out_dir, progress):
     """Measure, print the table, write likelihood.json and the figure to out_dir."""
+    make_folder(out_dir)
     entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
     path = os.path.join(out_dir, 'likelihood')
     write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())

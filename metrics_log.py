@@ -3,6 +3,7 @@ import json
 import os
 
 import checkpoint
+from corpus import write_atomically
 from errors import InputError
 
 
@@ -21,8 +22,7 @@ class MetricsLog:
         try:
             os.makedirs(config.out_dir, exist_ok=True)
             kept = read(self.path, resumed_at) if resumed_at is not None else []
-            with open(self.path, 'w') as f:
-                f.writelines(json.dumps(entry) + '\n' for entry in kept)
+            write_atomically(self.path, ''.join(json.dumps(entry) + '\n' for entry in kept).encode())
         except OSError as error:
             raise InputError(f'cannot write out_dir {config.out_dir!r}: {error.strerror}') from error
         if config.wandb_log:

@@ -28,7 +28,7 @@ class Objective(nn.Module):
 
     def __init__(self, model, config):
         super().__init__()
-        self.model, self.block_rows = model, config.block_rows
+        self.model = model
         # a function, not a module: the parameters are those of model, once
         compiled = config.compile and config.device.startswith('cuda')
         self.trunk = torch.compile(model.forward) if compiled else model.forward
@@ -37,16 +37,17 @@ class Objective(nn.Module):
 class DiffusionObjective(Objective):
     figure, title = 'nelbo', 'NELBO'
 
-    def forward(self, x0, seed, sampler_rows=0, critic_rows=0):
-        """x0 (B, T) clean ids; seed: of masks, dropout and the heads' noise; *_rows: see diffusion.head_losses."""
+    def forward(self, x0, seed, sampler_rows=0, critic_rows=0, block_rows=0):
+        """x0 (B, T) clean ids; seed: of masks, dropout and the heads' noise; block_rows: sequences read in blocks too;
+        the other *_rows: see diffusion.head_losses. main is the masked loss plus that of the blocks."""
         torch.manual_seed(seed)
         t = diffusion.beta_ratios(diffusion.spread_ratios(len(x0))).to(x0.device, non_blocking=True)
         xt, mask = diffusion.mask_tokens(x0, t, self.model.mask_id)
         batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask)
         main, blocks = F.cross_entropy(batch.lm_logits, batch.targets), None
-        if self.block_rows:
+        if block_rows and x0.size(1) > 1:
             generator = torch.Generator().manual_seed(derive(seed, 4))
-            chosen = spread_choice(len(x0), self.block_rows, generator).to(x0.device)
+            chosen = spread_choice(len(x0), block_rows, generator).to(x0.device)
             blocks, block_loss = diffusion.forward_blocks(self.trunk, self.model, x0[chosen], generator)
             main = main + block_loss
         heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
@@ -60,7 +61,7 @@ class AutoregressiveObjective(Objective):
     figure, title = 'nll', 'NLL'
     extra_tokens = 1
 
-    def forward(self, x0, seed, sampler_rows=0, critic_rows=0):
+    def forward(self, x0, seed, sampler_rows=0, critic_rows=0, block_rows=0):
         """x0 (B, T + 1) ids."""
         torch.manual_seed(seed)
         return {'main': autoregressive.nll(self.trunk, self.model, x0).mean()}
@@ -76,7 +77,7 @@ class JudgeObjective(Objective):
         super().__init__(model, config)
         self.generator = [generator]    # in a list: no part of what is trained
 
-    def forward(self, x0, seed, sampler_rows=0, critic_rows=0):
+    def forward(self, x0, seed, sampler_rows=0, critic_rows=0, block_rows=0):
         """x0 (B, T) clean ids, of which the generator damages a part."""
         x, real = judge.make_examples(self.generator[0], x0, np.random.default_rng(derive(seed, 3)))
         torch.manual_seed(seed)

@@ -10,6 +10,7 @@ random order, each from both ends), interleaved (every K-th position, nested as 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from errors import InputError
 from noise import POSITIONS, uniform
@@ -82,12 +83,10 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start
         u = uniform(seed, POSITIONS, sequences, 1, range(n))
         rank = u.argsort(1).argsort(1)
         pass_of = (rank * passes // n)[:, at * n // length]
-    if wave_of is None:    # runs of a pass are filled from both ends
+    if wave_of is None:
         wave_of = torch.zeros_like(pass_of)
         for k in range(passes):
-            now = pass_of == k
-            wave = wave_numbers(now, torch.zeros_like(now)) if k else first_pass_waves(now)
-            wave_of = torch.where(now, wave, wave_of)
+            wave_of = torch.where(pass_of == k, run_waves(pass_of, k), wave_of)
     return Plan(pass_of.to(device), wave_of.to(device))
 
 
@@ -107,10 +106,28 @@ def from_left(length, n, blockwise, start=0):
     return Plan(torch.zeros_like(offset), offset, [[Lane(begin, end, begin) for begin, end in bounds]])
 
 
-def first_pass_waves(now):
-    """Waves of a first pass, where nothing is known: each run of now (B, T) from its left end, by the trunk alone."""
+def run_waves(pass_of, k):
+    """Waves of pass k: each run of its positions from its known ends inwards; pass_of (B, T) -> (B, T) int64.
+
+    A run without a known neighbour begins at its left end, which the language-model head fills (wave 0).
+    """
+    now, known = pass_of == k, pass_of < k
+    begins = now & ~F.pad(now, (1, 0))[:, :-1]
+    number = begins.cumsum(1) * now                                    # of the run, 0 outside
+    ends = now & (F.pad(known, (1, 0))[:, :-1] | F.pad(known, (0, 1))[:, 1:])
+    has_end = torch.zeros(len(now), int(number.max()) + 1, dtype=torch.bool).scatter_reduce(1, number, ends, 'amax')
+    first = begins & ~has_end.gather(1, number)
     at = torch.arange(now.size(1)).expand_as(now)
-    return at - torch.where(now, -1, at).cummax(1).values - 1
+    left = at - torch.where(first | known, at, -(1 << 20)).cummax(1).values
+    right = torch.where(first | known, at, 1 << 20).flip(1).cummin(1).values.flip(1) - at
+    outside = ~(now | known)                                           # nothing is known beyond these
+    wall_left = torch.where(outside, at, -(1 << 20)).cummax(1).values
+    wall_right = torch.where(outside, at, 1 << 20).flip(1).cummin(1).values.flip(1)
+    left = torch.where(at - left > wall_left, left, 1 << 20)
+    right = torch.where(at + right < wall_right, right, 1 << 20)
+    wave = torch.minimum(left, right)
+    meets = (wave[:, 1:] == wave[:, :-1]) & now[:, 1:] & now[:, :-1] & (wave[:, 1:] > 0)
+    return torch.cat((wave[:, :1], wave[:, 1:] + meets), 1) * now
 
 
 def van_der_corput(K):

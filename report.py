@@ -132,9 +132,9 @@ def nll_text(point):
     return value_text(point['nll']['value'], point['nll']['error'])
 
 
-def family(points, prefix):
+def family(points, *prefixes):
     """The points of decoders whose name starts so, those with the fewest passes first, then the likeliest."""
-    chosen = [p for p in points.values() if p and p['decoder'].startswith(prefix)]
+    chosen = [p for p in points.values() if p and p['decoder'].startswith(prefixes)]
     return sorted(chosen, key=lambda p: (p['passes'], p['nll']['value']))
 
 
@@ -154,7 +154,8 @@ def sentences(points, batch):
     points: of best_points; batch: the samples that seconds_batch is for. Against the best naive decoder stands the one
     with the head that is as likely in the fewest forward passes.
     """
-    naive, heads, baseline = (family(points, prefix) for prefix in ('naive', 'wavefront', 'ar_baseline'))
+    naive, baseline = family(points, 'naive'), family(points, 'ar_baseline')
+    heads = family(points, 'wavefront', 'left-to-right')
     lowest = lambda group: min(group, key=lambda p: p['nll']['value'])
     if not heads:
         return 'No decoder with the sampler head reaches real text\'s diversity, or none was measured: no claim.'

@@ -147,7 +147,10 @@ def decoder_config(args, model, path):
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
     if args.masking_ratios is not None:
-        config.mask_ratios = tuple(args.masking_ratios[:revisions])
+        if len(args.masking_ratios) != revisions:
+            raise InputError(f'--plan {config.plan} leaves {revisions} iterations to revise, found '
+                             f'{len(args.masking_ratios)} --masking-ratios')
+        config.mask_ratios = tuple(args.masking_ratios)
     elif revisions:
         start = config.mask_ratios[0] if args.start_ratio is None else args.start_ratio
         end = config.mask_ratios[-1] if args.end_ratio is None else args.end_ratio

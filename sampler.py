@@ -282,7 +282,8 @@ class Wavefront:
     def __init__(self, model):
         self.head, self.wte, self.lm_head = model.sampler_head, model.wte.weight, model.lm_head
         self.first_ratio, self.reach = model.config.sampler_min_neighbors_ratio, model.sampler_head.reach
-        self.tables = self.head.local.tables(self.wte) if len(self.wte) <= self.max_tabled else None
+        with uncast(self.wte):
+            self.tables = self.head.local.tables(self.wte) if len(self.wte) <= self.max_tabled else None
 
     def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
         """Fill the positions of mask.
@@ -363,7 +364,8 @@ class Wavefront:
         score = torch.zeros(mask.shape, device=mask.device)
         blank = mask.all(1).nonzero()[:, 0]
         views = hidden[blank].flatten(0, 1)
-        found = [confidence(self.lm_head(views[part])) for part in pieces(len(views), len(self.wte))]
+        with uncast(hidden):
+            found = [confidence(self.lm_head(views[part])) for part in pieces(len(views), len(self.wte))]
         score = score.index_copy(0, blank, torch.cat(found).view(-1, mask.size(1)))
         return first_positions(mask, score, self.first_ratio)
 

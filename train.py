@@ -68,7 +68,7 @@ sampler_min_neighbors_ratio = 0.01  # share of a sequence that is filled first w
 sampler_context = 8         # neighbours on each side that the head sees
 sampler_width = 128
 sampler_state = 192         # of its recurrent state
-sampler_rows = 64           # sequences of a micro-batch that the head learns from
+sampler_rows = 64           # sequences that the head learns to fill from left to right, half as many by wavefront
 # critic head
 add_critic_head = False
 start_critic_iteration = 3000       # stage 3 begins
@@ -116,11 +116,11 @@ def train(config, processes):
     saved = open_checkpoint(config, corpus)
     if saved and config.dtype == 'auto':
         config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
-    config.dtype = pick_dtype(config.dtype, config.device)
+    config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
     micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
     state, objective = build(config, corpus, saved, processes)
     describe(config, corpus, state, micro_steps, share, processes)
-    log = MetricsLog(config, saved and state.iter_num) if processes.master_process else None
+    log = MetricsLog(config, state.iter_num if saved else None) if processes.master_process else None
 
     # 2. the loop
     state.model.train()
@@ -147,7 +147,7 @@ def train(config, processes):
             x0 = next_batch(config, corpus, objective, seed, config.batch_size // share, processes.device)
             with without_sync(module, last=micro == micro_steps - 1):
                 with autocast(processes.device, config.dtype):
-                    losses = module(x0, seed, *rows_of_heads(config, current_stage, share))
+                    losses = module(x0, seed, *rows_to_learn_from(config, current_stage, share))
                 loss = weighted(config, state.start_iter, it, losses) / micro_steps
                 if loss.requires_grad:
                     state.scaler.scale(loss).backward()
@@ -251,7 +251,8 @@ def build(config, corpus, saved, processes):
     model = GPT(GPTConfig(**args | {'vocab_size': corpus.meta['vocab_size']}))
     generator = None
     if config.generator_checkpoint:
-        generator = checkpoint.load_generator(config.generator_checkpoint, corpus.meta).to(processes.device)
+        generator = checkpoint.load_generator(config.generator_checkpoint, corpus.meta, config.block_size)
+        generator.to(processes.device)
     if saved:
         processes.print0(f'Resuming from {checkpoint.path_of(config)} at iteration {saved["iter_num"]}')
         for head in checkpoint.load_weights(model, saved, checkpoint.path_of(config)):
@@ -268,7 +269,8 @@ def build(config, corpus, saved, processes):
         state.iter_num, state.best_val_loss = saved['iter_num'], saved['best_val_loss']
         state.start_iter = checkpoint.resumed_start_iter(start_iter, saved)
         checkpoint.load_optimizers(state.optimizers, saved)
-        scaler.load_state_dict(saved['scaler'])
+        if saved['scaler']:    # empty unless that run was in float16
+            scaler.load_state_dict(saved['scaler'])
     return state, make_objective(model, config, generator)
 
 
@@ -284,8 +286,6 @@ def make_optimizers(config, model):
         muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
         adam = torch.optim.AdamW(others, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)
         optimizers[part] = [muon, adam]
-    if config.freeze_trunk:
-        del optimizers['trunk']
     return optimizers
 
 
@@ -300,24 +300,23 @@ def choose_trainable(config, model, current_stage):
 
 def describe(config, corpus, state, micro_steps, share, processes):
     """Print what the run is, as the guide shows it."""
-    say = processes.print0
-    say(f'Using {config.attention_type} attention')
-    if config.add_sampler_head:
-        say(f'Sampler head enabled (start_iter={config.start_sampler_iteration})')
-    if config.add_critic_head:
-        say(f'Critic head enabled (alpha={config.critic_alpha})')
     counts = {part: sum(p.numel() for p in params) for part, params in state.model.parts().items()}
-    total = sum(counts.values())
+    total, sequences = sum(counts.values()), config.batch_size * config.gradient_accumulation_steps
     shares = ', '.join(f'{part} {n:,}, {n / total:.1%}' for part, n in counts.items())
-    say(f'number of parameters: {total / 1e6:.2f} M ({shares})')
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    say(f'{corpus.meta["name"]}: {corpus.meta["train_tokens"]:,} training tokens, {config.max_iters:,} iterations of '
-        f'{sequences * config.block_size:,} tokens')
-    say(f'global batch: {sequences} sequences = {processes.world} process{"es" if processes.world > 1 else ""} x '
-        f'{micro_steps} micro-step{"s" if micro_steps > 1 else ""} x {config.batch_size // share} sequences')
+    plural = lambda n, word: f'{n} {word}' + ('es' if word == 'process' else 's') * (n > 1)
     speedup = f', where bfloat16 is {bfloat16_speedup():.1f} times as fast as float32' if config.device == 'cpu' else ''
-    say(f'{config.dtype} on {config.device}{speedup}; seed {config.seed}')
-    say('settings: ' + ' '.join(f'{k}={v}' for k, v in vars(config).items()))
+    lines = [
+        f'Using {config.attention_type} attention',
+        config.add_sampler_head and f'Sampler head enabled (start_iter={state.start_iter["sampler"]})',
+        config.add_critic_head and f'Critic head enabled (alpha={config.critic_alpha})',
+        f'number of parameters: {total / 1e6:.2f} M ({shares})',
+        f'{corpus.meta["name"]}: {corpus.meta["train_tokens"]:,} training tokens, {config.max_iters:,} iterations of '
+        f'{sequences * config.block_size:,} tokens',
+        f'global batch: {sequences} sequences = {plural(processes.world, "process")} x '
+        f'{plural(micro_steps, "micro-step")} x {config.batch_size // share} sequences',
+        f'{config.dtype} on {config.device}{speedup}; seed {config.seed}',
+        'settings: ' + ' '.join(f'{k}={v}' for k, v in vars(config).items())]
+    processes.print0('\n'.join(filter(None, lines)))
 
 
 # -----------------------------------------------------------------------------
@@ -329,11 +328,11 @@ def next_batch(config, corpus, objective, seed, n, device):
     return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
-def rows_of_heads(config, current_stage, share):
-    """About how many sequences of a micro-batch the sampler and the critic learn from in this stage."""
-    sampler = max(1, config.sampler_rows // share) if config.add_sampler_head and current_stage >= 2 else 0
-    critic = max(1, config.critic_rows // share) if current_stage == 3 else 0
-    return sampler, critic
+def rows_to_learn_from(config, current_stage, share):
+    """sampler_rows, critic_rows and block_rows of this process in this stage; 0 for what does not learn."""
+    on = config.add_sampler_head and current_stage >= 2, current_stage == 3, config.block_rows > 0
+    rows = config.sampler_rows, config.critic_rows, config.block_rows
+    return [max(1, n // share) if learns else 0 for learns, n in zip(on, rows)]
 
 
 def update(config, state):
@@ -358,7 +357,10 @@ def update(config, state):
 def evaluate_and_save(config, state, objective, corpus, log, current_stage, processes):
     """Validation on fixed sequences of both splits, then the checkpoints that it earns."""
     value = evaluate(config, state, objective, corpus, log, current_stage, processes)
-    better = value < state.best_val_loss
+    if not math.isfinite(value):
+        raise InputError(f'iteration {state.iter_num}: the validation {objective.figure} is {value}; nothing is saved, '
+                         f'earlier checkpoints stay; try a lower learning_rate or muon_learning_rate')
+    better = value < state.best_val_loss or config.freeze_trunk    # which does not move it
     state.best_val_loss = min(value, state.best_val_loss)
     if config.eval_only or state.iter_num == 0:
         return
@@ -381,7 +383,8 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
             result['bits_per_character'] = result[objective.figure] / math.log(2) / corpus.chars_per_token
             text += f', {result["bits_per_character"]:.4f} bits per character'
         others = [f'{name.replace("_", " ")} {result[name]:.4f}'
-                  for name in ('main', 'sampler', 'critic', 'critic_auc', 'rank_correlation') if name in result]
+                  for name in ('main', 'sampler', 'one_pass_nll', 'critic', 'critic_auc', 'rank_correlation')
+                  if name in result]
         print(f'iter {state.iter_num}: {split} {text}' + (f' ({", ".join(others)})' if others else ''), flush=True)
         log.write({'iter': state.iter_num, 'split': split} | result)
     state.model.train()

@@ -113,7 +113,7 @@ def chain_model():
     """A small model trained on sequences of the chain, trunk and sampler head together."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=LETTERS + 1, block_size=T, n_layer=2, n_head=2, n_embd=32, sampler_context=1,
-                          sampler_width=32, add_sampler_head=True, sampler_min_neighbors_ratio=0.0))
+                          sampler_width=32, sampler_state=16, add_sampler_head=True, sampler_min_neighbors_ratio=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rng, steps = np.random.default_rng(0), 300
     for step in range(steps):
@@ -121,7 +121,7 @@ def chain_model():
         x0 = chain_sequences(64, rng)
         xt, mask = mask_tokens(x0, spread_ratios(64), model.mask_id)
         batch = diffusion.forward_masked(model, model, x0, xt, mask)
-        losses = diffusion.head_losses(model, batch, seed=step, sampler_rows=64)
+        losses = diffusion.head_losses(model, batch, seed=step, sampler_rows=128)
         (F.cross_entropy(batch.lm_logits, batch.targets) + losses['sampler']).backward()
         optimizer.step()
         optimizer.zero_grad()

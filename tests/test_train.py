@@ -24,7 +24,7 @@ def test_three_stages_as_the_guide_prints_them(trained_once):
     assert 'global batch: 8 sequences = 1 process x 1 micro-step x 8 sequences\n' in out
     number = r'(\d+\.\d{4})'
     assert re.search(rf'iter 12: val NELBO {number} nats per token, {number} bits per character '
-                     rf'\(main {number}, sampler {number}, critic {number}', out)
+                     rf'\(main {number}, sampler {number}, one pass nll {number}, critic {number}', out)
     entries = metrics_in(out_dir)
     assert [e['iter'] for e in entries if 'split' not in e] == list(range(12))
     assert [(e['iter'], e['split']) for e in entries if 'split' in e] == [
@@ -108,19 +108,24 @@ def test_eval_only_leaves_no_trace(train, trained, tmp_path):
 # noise
 
 def noise_of_a_run(train, out_dir, *args):
-    """[(seed of the batch, of the sampler's examples, of the critic's decoder)] for every micro-step of stage 3."""
+    """[(seed of the blocks, of the batch, of the sampler's examples, of the critic's decoder)] for every micro-step of
+    stage 3.
+    """
     found = []
     with pytest.MonkeyPatch.context() as patch:
         head_losses, examples, config = diffusion.head_losses, diffusion.sampler_examples, diffusion.default_config
-        patch.setattr(diffusion, 'head_losses', lambda model, batch, seed, *rest: found.append([seed]) or head_losses(
-            model, batch, seed, *rest))
-        patch.setattr(diffusion, 'sampler_examples', lambda model, batch, n, generator, augment: found[-1].append(
-            generator.initial_seed()) or examples(model, batch, n, generator, augment))
-        patch.setattr(diffusion, 'default_config', lambda *args, seed: found[-1].append(seed) or config(
-            *args, seed=seed))
+        forward_blocks = diffusion.forward_blocks
+        patch.setattr(diffusion, 'forward_blocks', lambda trunk, model, x0, generator: found.append(
+            [generator.initial_seed()]) or forward_blocks(trunk, model, x0, generator))
+        patch.setattr(diffusion, 'head_losses', lambda model, batch, seed, *rest, **blocks: found[-1].append(
+            seed) or head_losses(model, batch, seed, *rest, **blocks))
+        patch.setattr(diffusion, 'sampler_examples', lambda model, batch, blocks, n, generator, augment: found[
+            -1].append(generator.initial_seed()) or examples(model, batch, blocks, n, generator, augment))
+        patch.setattr(diffusion, 'default_config', lambda *args, seed, **kw: found[-1].append(seed) or config(
+            *args, seed=seed, **kw))
         train(out_dir, '--max_iters=3', '--start_sampler_iteration=0', '--start_critic_iteration=0',
               '--eval_interval=100', '--eval_only=False', *args)
-    return [tuple(seeds) for seeds in found if len(seeds) == 3]
+    return [tuple(seeds) for seeds in found if len(seeds) == 4]
 
 
 def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monkeypatch):
@@ -131,7 +136,7 @@ def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monk
     """
     monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': 1.0})
     alone = noise_of_a_run(train, tmp_path / 'alone', '--gradient_accumulation_steps=4')
-    assert len(alone) == 12 and len({seed for seeds in alone for seed in seeds}) == 36
+    assert len(alone) == 12 and len({seed for seeds in alone for seed in seeds}) == 48
     for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
         monkeypatch.setattr(torch.distributed, name, lambda *args: None)
     monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
@@ -141,6 +146,24 @@ def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monk
         monkeypatch.setenv('RANK', rank)
         ranks.append(noise_of_a_run(train, tmp_path / rank, '--gradient_accumulation_steps=4'))
     assert not set(ranks[0]) & set(ranks[1]) and set(ranks[0]) | set(ranks[1]) == set(alone)
+
+
+def test_block_rows_are_shared_like_the_rows_of_the_heads(train, tmp_path, monkeypatch):
+    """Two processes that share a micro-batch of 8 sequences read half of block_rows=4 in blocks each: the global batch
+    does not depend on the number of processes. Each read as many as one process alone.
+    """
+    monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': 1.0})
+    for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
+        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
+    monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
+    plain, rows = diffusion.forward_blocks, []
+    monkeypatch.setattr(diffusion, 'forward_blocks', lambda trunk, model, x0, generator: rows.append(
+        len(x0)) or plain(trunk, model, x0, generator))
+    for world in '12':
+        monkeypatch.setenv('WORLD_SIZE', world)
+        monkeypatch.setenv('RANK', '0')
+        train(tmp_path / world, *NO_HEADS, '--max_iters=1', '--eval_interval=100')
+    assert rows == [4, 2]
 
 
 # -----------------------------------------------------------------------------
@@ -156,7 +179,7 @@ def test_float16_trains_every_stage(train, tmp_path):
     assert last < first - 0.1
     saved = checkpoint_in(tmp_path)
     assert saved['scaler']['scale'] > 0 and saved['scaler']['_growth_tracker'] == 12, 'twelve steps, none skipped'
-    assert saved['model']['sampler_head.out.weight'].abs().sum() > 0
+    assert saved['model']['sampler_head.out.1.weight'].abs().sum() > 0
     steps = [state['step'] for part in ('trunk', 'sampler', 'critic')
              for state in saved['optimizer'][part][1]['state'].values()]
     assert set(map(float, steps)) == {12.0, 9.0, 6.0}

@@ -1,0 +1,237 @@
+"""Filling from left to right: training shows the head what decoding shows it, and decoding keeps its promises."""
+import pytest
+import torch
+
+import sampler
+from conftest import blank, masked_sequences, tiny_batch, tiny_model
+from decoding import DecoderConfig, decode_block
+from diffusion import forward_blocks
+from likelihood import log_likelihood
+from plans import make_plan
+from sampler import Wavefront, sampler_examples, sampler_loss
+
+T = 24
+PLANS = [('left-to-right', 1), ('blocks', 3), ('fronts-5', 1)]
+
+
+def text_of(B=3, length=T, seed=0):
+    return torch.randint(0, 11, (B, length), generator=torch.Generator().manual_seed(seed))
+
+
+def config_of(name, passes, **changes):
+    return DecoderConfig(**dict(plan=name, plan_passes=passes, mask_ratios=()) | changes)
+
+
+def shown_in_decoding(model, x, free, config):
+    """What decode_block gives the head when it fills from left to right, and its text.
+
+    Returns {(sequence, position): (view, projected, around, state)} of each position's first time, and x (B, T).
+    """
+    found, at = {}, []
+    plain = sampler.gather_neighbors
+
+    def gather(padded, sequences, positions, *rest):
+        at[:] = zip(sequences.tolist(), positions.tolist())
+        return plain(padded, sequences, positions, *rest)
+
+    def before_head(head, args):
+        hidden, projected, around, _, state = args
+        if state is not None:    # else it rescores
+            assert len(at) == len(state)
+            for n, place in enumerate(at):
+                found.setdefault(place, (hidden[n], projected[n], around[n], state[n]))
+    handle = model.sampler_head.register_forward_pre_hook(before_head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, 'gather_neighbors', gather)
+        decoded = decode_block(model, x, free, config, range(len(x)), range(x.size(1)))
+    handle.remove()
+    return found, decoded.x
+
+
+def shown_in_training(model, text, passes, seed):
+    """What the head's loss gives it for the same text: blocks if passes > 1; as above, for the positions drawn."""
+    batch, seen = tiny_batch(model, len(text)), []
+    batch.x0 = text
+    with torch.no_grad():
+        blocks, _ = forward_blocks(model, model, text, torch.Generator().manual_seed(seed))
+        examples = sampler_examples(model, batch, blocks, 2 * len(text), torch.Generator().manual_seed(seed))
+        assert torch.equal(examples.text, torch.cat((text, text))), 'all are read whole, then in blocks'
+        handle = model.sampler_head.register_forward_pre_hook(lambda _, args: seen.append(args))
+        sampler_loss(model.sampler_head, examples, model.wte.weight)
+        handle.remove()
+    hidden, projected, around, _, state = seen[0]
+    if passes > 1 and len(blocks.positions) != passes // 2 * (T // passes - 1):
+        return {}    # blocks of another size
+    first = text.numel() if passes > 1 else 0
+    return {((place - first) // T, place % T): (hidden[n], projected[n], around[n], state[n])
+            for n, place in enumerate(examples.state_of.tolist()) if first <= place < first + text.numel()}
+
+
+@pytest.mark.parametrize('name, passes', [('left-to-right', 1), ('blocks', 4), ('blocks', 8)])
+def test_training_shows_what_decoding_shows(name, passes):
+    """The real decoder writes text from nothing; learning from that text, the head gets the same at every position:
+    the trunk's view, its state before the block, the neighbours and the recurrent state.
+    """
+    model = tiny_model()
+    decoded, text = shown_in_decoding(model, *blank(model), config_of(name, passes))
+    size = T // passes
+    assert set(decoded) == {(b, i) for b in range(3) for i in range(T) if i % size}
+    compared = set()
+    for seed in range(24):
+        for place, trained in shown_in_training(model, text, passes, seed).items():
+            for a, b in zip(trained, decoded[place]):
+                torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=lambda m: f'{place}: {m}')
+            compared.add(place)
+    assert compared == set(decoded)
+
+
+def test_states_equal_reading_token_by_token():
+    """In training a whole text is read at once, in decoding one token after another; [MASK] has a code of zeros."""
+    model = tiny_model()
+    text, head, wte = text_of(), model.sampler_head, model.wte.weight
+    text[1, 5] = model.mask_id
+    with torch.no_grad():
+        states = head.states(text, wte)
+        state = torch.zeros(3, 8).double()
+        for i in range(T):
+            torch.testing.assert_close(states[:, i], state, atol=1e-12, rtol=0)
+            state = head.read(text[:, i], state, wte)
+        assert torch.equal(head.states(text[:, :1], wte), torch.zeros(3, 1, 8).double())
+
+
+def test_a_changed_token_changes_later_states_alone():
+    model, x = tiny_model(), text_of(1)
+    with torch.no_grad():
+        before = model.sampler_head.states(x, model.wte.weight)[0]
+        for i in range(T):
+            changed = x.clone()
+            changed[0, i] = (x[0, i] + 1) % 11
+            moved = (model.sampler_head.states(changed, model.wte.weight)[0] - before).abs().amax(-1)
+            assert (moved[:i + 1] == 0).all() and (moved[i + 1:i + 3] > 1e-9).all()
+
+
+def test_the_state_carries_tokens_that_are_out_of_reach():
+    """In one pass the trunk sees nothing and the tables two tokens: what lies further left comes by the state."""
+    model, x = tiny_model(), text_of(1)
+    plan = make_plan('left-to-right', T, 1)
+    before = log_likelihood(model, x, plan)[0]
+    for i in range(T - 4):
+        changed = x.clone()
+        changed[0, i] = (x[0, i] + 1) % 11
+        moved = (log_likelihood(model, changed, plan)[0] - before).abs()
+        assert (moved[:i] < 1e-12).all() and moved[i + 3:i + 5].max() > 1e-9
+
+
+@pytest.mark.parametrize('name, passes', PLANS)
+def test_states_are_those_of_the_finished_text_and_given_text_is_read(name, passes):
+    """Given text in the middle is kept and read like text that was drawn; a lane reads nothing before its start."""
+    model, head = tiny_model(), tiny_model().sampler_head
+    x, free = blank(model)
+    x[:, 10:14], free[:, 10:14] = text_of(length=4), False
+    found, text = shown_in_decoding(model, x, free, config_of(name, passes))
+    assert torch.equal(text[:, 10:14], x[:, 10:14]) and (text < model.mask_id).all()
+    lanes = [lane for lanes in make_plan(name, T, passes).lanes for lane in lanes]
+    compared, other = 0, 0
+    with torch.no_grad():
+        whole = head.states(text, model.wte.weight)
+        for lane in lanes:
+            states = head.states(text[:, lane.read_from:lane.end], model.wte.weight)
+            for b in range(3):
+                for i in range(lane.start + 1, lane.end):
+                    _, _, around, state = found[b, i]
+                    torch.testing.assert_close(state, states[b, i - lane.read_from], atol=1e-10, rtol=0)
+                    compared, other = compared + 1, other + int((state - whole[b, i]).abs().max() > 1e-6)
+                    assert (around[2:] == model.mask_id).all(), 'nothing on the right'
+                    assert around[1] == text[b, i - 1]
+    assert compared == 3 * (T - len(lanes))
+    assert (other > 0) == name.startswith('fronts'), 'only a lane of its own has read less than the whole text'
+
+
+def decode_rows(model, rows, name, passes, same_start):
+    _, xt, mask = masked_sequences()
+    xt, mask = torch.where(mask, model.mask_id, xt), mask.clone()
+    if same_start:
+        mask[:, 0], xt[:, 0] = True, model.mask_id
+    else:
+        mask[0, :5], xt[0, :5] = False, 3
+        mask[1:, 0], xt[1:, 0] = True, model.mask_id
+    config = config_of(name, passes, mask_ratios=(0.5, 0.3), corrections=1, randomness_strength=0.5)
+    return decode_block(model, xt[rows], mask[rows], config, rows, range(T)).x
+
+
+@pytest.mark.parametrize('name, passes', PLANS)
+def test_a_sequence_alone_equals_the_sequence_in_a_batch(name, passes):
+    """Exact in float64, where all begin at the same position."""
+    model = tiny_model()
+    together = decode_rows(model, [0, 1, 2, 3, 4, 5], name, passes, True)
+    for row in range(6):
+        assert torch.equal(decode_rows(model, [row], name, passes, True)[0], together[row])
+    assert torch.equal(decode_rows(model, [5, 2], name, passes, True), together[[5, 2]])
+
+
+@pytest.mark.parametrize('name, passes', PLANS)
+def test_a_prefix_is_each_sequences_own(name, passes):
+    """A plan that starts behind the shortest prefix of a batch would decode a longer one otherwise than alone.
+
+    So a batch has one length of prefix; sequences of another are decoded apart.
+    """
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r'prefixes of \[0, 5\] given tokens'):
+        decode_rows(model, [0, 1, 2, 3, 4, 5], name, passes, False)
+    together = decode_rows(model, [1, 2, 3], name, passes, False)
+    assert torch.equal(decode_rows(model, [2], name, passes, False)[0], together[1])
+    assert (decode_rows(model, [0], name, passes, False)[0, :5] == 3).all()
+
+
+@pytest.mark.parametrize('name, passes', PLANS)
+def test_a_large_vocabulary_is_filled_alike_piece_by_piece(name, passes, monkeypatch):
+    model = tiny_model()
+
+    def decode():
+        return decode_rows(model, [0, 1, 2, 3, 4, 5], name, passes, True)
+    whole = decode()
+    monkeypatch.setattr(Wavefront, 'max_tabled', 0)
+    assert torch.equal(decode(), whole)
+    monkeypatch.setattr('noise.MAX_LOGITS', 3 * 12)    # three positions at a time
+    assert torch.equal(decode(), whole)
+    assert len(sampler.pieces(10, 12)) == 4, 'the limit has reached the decoder'
+
+
+def test_views_of_earlier_blocks_are_kept():
+    """Each position keeps the trunk's view from when it was last masked: scores after later blocks go by it.
+
+    The views of finished blocks became zeros with every further block, and with them what is remasked.
+    """
+    model, steps = tiny_model(), []
+    decode_block(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append)
+    assert len(steps) == 4
+    everywhere = torch.ones(3, T).bool().nonzero(as_tuple=True)
+    seen = 0
+    for i, step in enumerate(steps[:3]):
+        now = torch.arange(T)[:, None] // 8 == i
+        seen = torch.where(now, step['hidden'], seen)
+        torch.testing.assert_close(step['hidden'], seen, atol=0, rtol=0)
+    with torch.no_grad():
+        right = Wavefront(model).rescore(steps[2]['x'], everywhere, seen).view(3, T)
+    torch.testing.assert_close(steps[2]['remask_score'], 1 - right, atol=1e-5, rtol=0)
+
+
+def test_only_what_begins_from_nothing_is_drawn_at_temperature_one(monkeypatch):
+    """The first position of a text; the first of a later block follows text, so it is drawn like the others."""
+    heats, plain = [], sampler.sample
+    monkeypatch.setattr(sampler, 'sample', lambda logits, u, heat, top_p: heats.append(heat) or plain(
+        logits, u, heat, top_p))
+    model = tiny_model()
+    decode_block(model, *blank(model), config_of('blocks', 2, temperature=0.5), range(3), range(T))
+    assert heats == [1.0] + [0.5] * 23
+
+
+@pytest.mark.parametrize('length, n_given, passes', [(24, 8, 3), (4, 0, 8), (24, 0, 3)])
+def test_what_a_plan_has_filled_is_revised(length, n_given, passes):
+    """Also where its last block is given, or where it has fewer positions than passes: both stopped unrevised."""
+    model = tiny_model()
+    x, free = blank(model, 3, length)
+    x[:, length - n_given:], free[:, length - n_given:] = 3, False
+    once, revised = (decode_block(model, x, free, config_of('blocks', passes, mask_ratios=ratios), range(3),
+                                  range(length)).x for ratios in ((), (0.5, 0.5)))
+    assert (once < model.mask_id).all() and not torch.equal(once, revised)
