@@ -58,19 +58,24 @@ class DecoderConfig:
         return (1 - done) * self.temperature + done * self.end_temperature    # exactly the end at the end
 
 
-def default_config(model, iterations=15, use_sampler=None, prefix_only=True, **changes):
+def default_config(model, iterations=15, use_sampler=None, prefix_only=True, revising=False, **changes):
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
-    use_sampler None: wherever the model has a sampler head. With it the first pass fills everything from left to right,
-    unless text is given elsewhere than as a prefix (prefix_only False), and the others revise, in the critic's order,
-    for it learned from what the head fills. Without it the order is that of confidence.
+    use_sampler None: wherever the model has a sampler head. With it the text is written in blocks from left to right, a
+    pass for each, and stands as it is drawn: that is likelier at real text's diversity than anything that revises.
+    revising: the first pass writes everything, the others remask and refill. Text that is given elsewhere than as a
+    prefix (prefix_only False) is filled in as wavefronts and revised. The critic orders what the head filled, for it
+    learned from that; without the head confidence does.
     """
     use_sampler = model.sampler_head is not None if use_sampler is None else use_sampler
     schedule = FEW if iterations < 8 else MANY
     config = DecoderConfig(
         use_sampler=use_sampler, order='critic' if use_sampler and model.critic_head is not None else 'confidence',
-        mask_ratios=tuple(linear_ratios(iterations, schedule['start_ratio'], schedule['end_ratio'])),
-        plan='left-to-right' if use_sampler and prefix_only else 'wavefront', temperature=0.8)
+        mask_ratios=tuple(linear_ratios(iterations, schedule['start_ratio'], schedule['end_ratio'])), temperature=0.8)
+    if use_sampler and prefix_only:
+        config.plan = 'left-to-right'
+        if not revising:
+            config.plan, config.plan_passes, config.mask_ratios = 'blocks', iterations, ()
     return replace(config, **changes)
 
 

@@ -123,7 +123,7 @@ def forward_blocks(trunk, model, x0, generator):
 
 
 def critic_examples(model, batch, n_sequences, seed, iterations):
-    """Sequences as the shipped decoder fills them, after each of its passes, and the same ones of real text.
+    """Sequences as the shipped decoder fills and revises them, after each pass, and the same ones of real text.
 
     About n_sequences of the batch are decoded, from their masks or, as often, from nothing. Of the real text the trunk
     sees what it would have seen had the decoder drawn the real tokens: the same masks over the clean sequence. Returns
@@ -137,7 +137,7 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
     if blank:
         mask.fill_(True)
     steps = []
-    config = default_config(model, iterations, prefix_only=blank, seed=derive(seed, 1))
+    config = default_config(model, iterations, prefix_only=blank, revising=True, seed=derive(seed, 1))
     decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append)
     hidden = [0]
     for step in steps:

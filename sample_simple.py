@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model, require_generator, require_same_vocabulary
 from corpus import write_atomically
-from decoding import blocks, default_config, generate, linear_ratios
+from decoding import FEW, MANY, blocks, default_config, generate, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
 from judge import Judge
@@ -55,14 +55,15 @@ def arguments():
     add('--end-temperature', type=float, help='of the last pass, reached evenly (default: --temperature)')
     add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
     add('--plan', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
-        '(default: left-to-right with a sampler, where text is given as a prefix or not at all; else wavefront)')
+        '(default with a sampler: blocks; left-to-right where a flag asks to revise; else, and where text is given '
+        'elsewhere than as a prefix, wavefront)')
     add('--plan-passes', type=int, help='iterations that the plan takes; the others revise (default: 1, or all for a '
         f'plan of any number: {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
     add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio',
         help='remask a share of the tokens, or those whose remask score is above --threshold')
-    add('--start-ratio', type=float, help='share remasked after the first pass (default: 0.95, below 8 iterations 0.7)')
-    add('--end-ratio', type=float, help='share remasked before the last pass (default: 0.05, below 8 iterations 0.1)')
+    add('--start-ratio', type=float, help='revise: share remasked first (default: 0.95, below 8 iterations 0.7)')
+    add('--end-ratio', type=float, help='revise: share remasked last (default: 0.05, below 8 iterations 0.1)')
     add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
     add('--threshold', type=float, help='remask score from 0 to 1 above which a token is remasked (default: 0.9)')
     add('--order', choices=('confidence', 'critic', 'random'),
@@ -136,14 +137,15 @@ def decoder_config(args, model, path):
     prefix_only = not args.seed_text or args.seed_placement == 'prefix'
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
-    config = default_config(model, args.iterations, use_sampler, prefix_only, seed=args.seed, top_p=args.top_p,
-                            temperature=args.temperature, end_temperature=args.end_temperature,
+    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), seed=args.seed,
+                            top_p=args.top_p, temperature=args.temperature, end_temperature=args.end_temperature,
                             revise=not args.no_revise, randomness_strength=args.randomness_strength,
                             corrections=args.corrections, correction_ratio=args.correction_ratio,
                             threshold=args.threshold or 0.0, **given)
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
     revisions = args.iterations - config.plan_passes
+    schedule = FEW if args.iterations < 8 else MANY
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
     if args.masking_ratios is not None:
@@ -152,12 +154,19 @@ def decoder_config(args, model, path):
                              f'{len(args.masking_ratios)} --masking-ratios')
         config.mask_ratios = tuple(args.masking_ratios)
     elif revisions:
-        start = config.mask_ratios[0] if args.start_ratio is None else args.start_ratio
-        end = config.mask_ratios[-1] if args.end_ratio is None else args.end_ratio
+        start = schedule['start_ratio'] if args.start_ratio is None else args.start_ratio
+        end = schedule['end_ratio'] if args.end_ratio is None else args.end_ratio
         config.mask_ratios = tuple(linear_ratios(revisions + 1, start, end))
     else:
         config.mask_ratios = ()
     return config
+
+
+def asks_to_revise(args):
+    """Was a flag given that only means something where tokens are remasked or resampled?"""
+    return args.order is not None or args.start_ratio is not None or args.end_ratio is not None \
+        or args.masking_ratios is not None or args.schedule_mode == 'threshold' or args.no_revise \
+        or args.randomness_strength > 0 or args.plan_passes is not None
 
 
 def prompts(args, tokenizer, length):
@@ -201,7 +210,7 @@ class Progress:
         self.bar.update()
         if self.lines:
             print(f'samples {self.sequences[0]}-{self.sequences[-1]}, from token {step["start"]}, pass '
-                  f'{step["pass"] + 1}: {step["remasked"].float().mean().item():.0%} remasked', file=sys.stderr)
+                  f'{step["pass"] + 1}: {step["remasked"].float().mean().item():.0%} left to fill', file=sys.stderr)
         if self.args.verbose and self.sequences[0] == 0:
             ids = torch.where(step['remasked'], self.tokenizer.mask_id, step['x'])[0].tolist()
             tqdm.write(f'--- pass {step["pass"] + 1}\n' + self.tokenizer.decode(ids))

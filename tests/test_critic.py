@@ -48,7 +48,7 @@ def test_generated_text_is_what_the_shipped_decoder_makes(iterations, changes, w
     monkeypatch.setattr(diffusion, 'default_config', lambda *args, **kwargs: default_config(*args, **kwargs | changes))
     seed = seed_of(model, whole)
     generated, real, mask, x0, free, passes = examples(model, iterations, seed)
-    config = default_config(model, iterations, prefix_only=whole, **changes | {'seed': derive(seed, 1)})
+    config = default_config(model, iterations, prefix_only=whole, revising=True, **changes | {'seed': derive(seed, 1)})
     steps = decoded(model, x0, free, config)
     assert len(steps) == passes == config.passes
     assert torch.equal(generated[0], torch.cat([step['x'] for step in steps]))
@@ -63,7 +63,7 @@ def test_real_text_is_seen_as_if_the_decoder_had_drawn_it(whole, monkeypatch):
     model = tiny_model()
     seed = seed_of(model, whole)
     generated, real, mask, x0, free, passes = examples(model, 4, seed)
-    config = default_config(model, 4, prefix_only=whole, seed=derive(seed, 1))
+    config = default_config(model, 4, prefix_only=whole, revising=True, seed=derive(seed, 1))
     steps = decoded(model, x0, free, config)
     remasked = iter([step['remasked'] for step in steps])
     for name in ('fill', 'fill_from_left'):
