@@ -3,9 +3,9 @@
 A decoder that follows a plan draws from a distribution whose likelihood is exact (likelihood.py). Those that choose
 positions by what they drew, by confidence or by the critic, can only revise what a plan has filled.
 
-Plans of one pass: wavefront (the surest positions first, then outwards), left-to-right, fronts-N (N evenly spaced
-starts, each going right). Of any number of passes: blocks (from left to right, inside them too), spans (blocks in
-random order, each from both ends), interleaved (every K-th position, nested as van der Corput's sequence), random.
+Plans of one pass: wavefront (the most confident positions first, then outwards), left-to-right, fronts-N (N evenly
+spaced starts, each going right). Of any number of passes: blocks (from left to right, inside them too), spans (blocks
+in random order, each from both ends), interleaved (every K-th position, nested as van der Corput's sequence), random.
 """
 from dataclasses import dataclass
 

@@ -312,10 +312,10 @@ class Wavefront:
                     now = slice(start + part.start, start + part.stop)
                     at = sequences[now], positions[now]
                     if number == 0:
-                        logits, heat = self.lm_head(hidden[now]), 1.0 if temperature else 0.0
+                        logits, wave_temperature = self.lm_head(hidden[now]), 1.0 if temperature else 0.0
                     else:
-                        logits, heat = self.logits(x, at, hidden[now], projected[now]), temperature
-                    drawn.append(sample(logits, u[now], heat, top_p))
+                        logits, wave_temperature = self.logits(x, at, hidden[now], projected[now]), temperature
+                    drawn.append(sample(logits, u[now], wave_temperature, top_p))
                 wave_at = slice(start, start + size)
                 x[sequences[wave_at], positions[wave_at] + reach] = torch.cat(drawn)
                 start += size
@@ -347,11 +347,11 @@ class Wavefront:
                 around = gather_neighbors(x, *at, self.head.local.offsets, reach)
                 around = torch.where(known_left, around, self.wte.size(0) - 1)
                 nothing_read = t == 0 and lanes[0].read_from == lanes[0].start
-                heat = (1.0 if temperature else 0.0) if nothing_read else temperature
+                step_temperature = (1.0 if temperature else 0.0) if nothing_read else temperature
                 view = hidden[at]
                 if t:    # the first position is the language-model head's
                     view = self.adjusted(view, projected[at], around, state)
-                drawn = torch.cat([sample(self.lm_head(view[part]), u[at][part], heat, top_p)
+                drawn = torch.cat([sample(self.lm_head(view[part]), u[at][part], step_temperature, top_p)
                                    for part in pieces(len(view), len(self.wte))])
                 fills = mask[at] & (starts + t < ends).to(device).repeat(B)
                 column = positions + reach
@@ -360,7 +360,7 @@ class Wavefront:
         return x[:, reach:reach + T], wave, steps
 
     def first(self, mask, hidden):
-        """Where blank sequences begin, at the positions the trunk is surest of: mask (B, T), hidden (B, T, C)."""
+        """Where blank sequences begin, their most confident positions: mask (B, T), hidden (B, T, C) -> (B, T) bool."""
         score = torch.zeros(mask.shape, device=mask.device)
         blank = mask.all(1).nonzero()[:, 0]
         views = hidden[blank].flatten(0, 1)

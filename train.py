@@ -3,9 +3,7 @@
     python train.py config/train_char_diffusion_sampler.py --batch_size=32
     torchrun --standalone --nproc_per_node=4 train.py config/train_char_diffusion_sampler.py
 
-References:
-nanoGPT, the shape of this file: https://github.com/karpathy/nanoGPT
-Muon: https://kellerjordan.github.io/posts/muon/
+Reference: nanoGPT, the shape of this file, https://github.com/karpathy/nanoGPT
 """
 import environment    # before torch
 
@@ -29,6 +27,7 @@ from metrics_log import MetricsLog
 from model import GPT, GPTConfig
 from noise import derive
 from objectives import make_objective
+from optimizers import make_optimizers
 
 # -----------------------------------------------------------------------------
 # defaults: masked diffusion on tiny Shakespeare by character, the trunk alone
@@ -272,21 +271,6 @@ def build(config, corpus, saved, processes):
         if saved['scaler']:    # empty unless that run was in float16
             scaler.load_state_dict(saved['scaler'])
     return state, make_objective(model, config, generator)
-
-
-def make_optimizers(config, model):
-    """{part: [Muon, AdamW]} for the trunk and each head: nothing is shared, so no part moves another."""
-    optimizers = {}
-    recurrent = {p for module in model.modules() if isinstance(module, torch.nn.GRU) for p in module.parameters()}
-    for part, params in model.parts().items():
-        # Muon orthogonalises the update of a matrix between hidden layers
-        matrices = [p for p in params if p.dim() == 2 and min(p.shape) > 1
-                    and p is not model.wte.weight and p not in recurrent]
-        others = [p for p in params if not any(p is m for m in matrices)]
-        muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-        adam = torch.optim.AdamW(others, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)
-        optimizers[part] = [muon, adam]
-    return optimizers
 
 
 def choose_trainable(config, model, current_stage):

@@ -74,7 +74,8 @@ def test_shared_micro_steps_equal_one_process(train, toy_data, tmp_path):
     out = start_together(toy_data, tmp_path / 'two', '--gradient_accumulation_steps=2')
     assert 'global batch: 16 sequences = 2 processes x 1 micro-step x 8 sequences' in out
     train(tmp_path / 'one', *SHORT, '--gradient_accumulation_steps=2')
-    assert_same_run(tmp_path / 'one', tmp_path / 'two', {'nelbo', 'main', 'sampler', 'one_pass_nll', 'critic', 'critic_auc'})
+    figures = {'nelbo', 'main', 'sampler', 'one_pass_nll', 'critic', 'critic_auc'}
+    assert_same_run(tmp_path / 'one', tmp_path / 'two', figures)
 
 
 def test_sharing_by_hand():
