@@ -1,4 +1,5 @@
 """What a user can get wrong: one exception, shown as one line on standard error with exit status 2."""
+import os
 import sys
 
 
@@ -13,6 +14,9 @@ def run(main):
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:    # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)

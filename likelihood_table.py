@@ -122,12 +122,14 @@ def plot(entries, corpus, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
     lines = {'random': ':', 'interleaved': '--', 'blocks': '-', 'spans': '-.'}
+    markers = {'left-to-right': '>', 'fronts-4': 'D', 'fronts-16': 'v', 'wavefront': '*'}    # of one pass
     for axis, key in zip(axes, ('passes', 'seconds')):
         for decoder, plan in dict.fromkeys((e['decoder'], e['plan']) for e in entries):
             points = [e for e in entries if (e['decoder'], e['plan']) == (decoder, plan)]
             if decoder in styles:
-                axis.plot([p[key] for p in points], [p['bits_per_character'] for p in points], ms=4,
-                          ls=lines.get(plan, ''), label=f'{decoder}, {plan}', **styles[decoder])
+                style = styles[decoder] | ({'marker': markers[plan], 'ms': 7} if plan in markers else {'ms': 4})
+                axis.plot([p[key] for p in points], [p['bits_per_character'] for p in points],
+                          ls=lines.get(plan, ''), label=f'{decoder}, {plan}', **style)
             elif decoder == 'nelbo' or key == 'passes':
                 text = 'bound of the trunk (NELBO)' if decoder == 'nelbo' else 'autoregressive, same size'
                 axis.axhline(points[0]['bits_per_character'], color='grey', lw=1,
@@ -135,6 +137,9 @@ def plot(entries, corpus, path):
             else:
                 axis.plot(points[0][key], points[0]['bits_per_character'], '*', color='black', ms=9)
         axis.set(xscale='log', xlabel='forward passes' if key == 'passes' else f'seconds for {BATCH} samples')
+        axis.xaxis.set_major_formatter('{x:g}')
+        axis.xaxis.set_minor_formatter('{x:g}')
+        axis.tick_params(axis='x', which='both', labelsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('bits per character')
     axes[0].legend(fontsize=7)
