@@ -22,11 +22,6 @@ from sampler import Wavefront
 # -----------------------------------------------------------------------------
 # settings
 
-# defaults below 8 iterations and from 8 on: few passes have less time to start over (docs/evaluation.md)
-FEW = {'start_ratio': 0.7, 'end_ratio': 0.1}
-MANY = {'start_ratio': 0.95, 'end_ratio': 0.05}
-
-
 @dataclass
 class DecoderConfig:
     """How to decode; every field but use_sampler and order means the same with and without the sampler head."""
@@ -62,21 +57,25 @@ def default_config(model, iterations=15, use_sampler=None, prefix_only=True, rev
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
     use_sampler None: wherever the model has a sampler head. With it the text is written in blocks from left to right, a
-    pass for each, and stands as it is drawn: that is likelier at real text's diversity than anything that revises.
+    pass for each, and stands as it is drawn: at real text's diversity nothing tried that revises is as likely.
     revising: the first pass writes everything, the others remask and refill. Text that is given elsewhere than as a
     prefix (prefix_only False) is filled in as wavefronts and revised. The critic orders what the head filled, for it
     learned from that; without the head confidence does.
     """
     use_sampler = model.sampler_head is not None if use_sampler is None else use_sampler
-    schedule = FEW if iterations < 8 else MANY
     config = DecoderConfig(
         use_sampler=use_sampler, order='critic' if use_sampler and model.critic_head is not None else 'confidence',
-        mask_ratios=tuple(linear_ratios(iterations, schedule['start_ratio'], schedule['end_ratio'])), temperature=0.8)
+        mask_ratios=tuple(linear_ratios(iterations, *default_ratios(iterations))), temperature=0.8)
     if use_sampler and prefix_only:
         config.plan = 'left-to-right'
         if not revising:
             config.plan, config.plan_passes, config.mask_ratios = 'blocks', iterations, ()
     return replace(config, **changes)
+
+
+def default_ratios(iterations):
+    """Share remasked after the first and before the last pass, by default: few passes have less time to start over."""
+    return (0.7, 0.1) if iterations < 8 else (0.95, 0.05)
 
 
 def linear_ratios(iterations, start, end):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model, require_generator, require_same_vocabulary
 from corpus import write_atomically
-from decoding import FEW, MANY, blocks, default_config, generate, linear_ratios
+from decoding import blocks, default_config, default_ratios, generate, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
 from judge import Judge
@@ -145,7 +145,6 @@ def decoder_config(args, model, path):
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
     revisions = args.iterations - config.plan_passes
-    schedule = FEW if args.iterations < 8 else MANY
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
     if args.masking_ratios is not None:
@@ -154,8 +153,8 @@ def decoder_config(args, model, path):
                              f'{len(args.masking_ratios)} --masking-ratios')
         config.mask_ratios = tuple(args.masking_ratios)
     elif revisions:
-        start = schedule['start_ratio'] if args.start_ratio is None else args.start_ratio
-        end = schedule['end_ratio'] if args.end_ratio is None else args.end_ratio
+        start, end = (default if given is None else given for default, given in zip(
+            default_ratios(args.iterations), (args.start_ratio, args.end_ratio)))
         config.mask_ratios = tuple(linear_ratios(revisions + 1, start, end))
     else:
         config.mask_ratios = ()
