@@ -40,6 +40,10 @@ class MetricsLog:
             figures = {f'{group}/{k}': v for k, v in entry.items() if k not in ('iter', 'split')}
             self.wandb.log(figures, step=entry['iter'])
 
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
 
 def read(path, before):
     """Entries before an iteration, evaluations at it too; a torn line, left by a kill, is dropped."""

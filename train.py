@@ -21,7 +21,7 @@ import judge
 from configurator import check_training, configure
 from corpus import DATA_DIR, load_or_prepare
 from device import autocast, bfloat16_speedup, pick_device, pick_dtype
-from distributed import Processes, share_batch, without_sync
+from distributed import Processes, leave, share_batch, without_sync
 from errors import InputError, run
 from metrics_log import MetricsLog
 from model import GPT, GPTConfig
@@ -161,6 +161,8 @@ def train(config, processes):
             if processes.master_process:
                 log_losses(config, state, log, dict(zip(sums, values)), ms)
             clock, since = time.time(), it + 1
+    if log:
+        log.close()
 
 
 # -----------------------------------------------------------------------------
@@ -388,3 +390,4 @@ def log_losses(config, state, log, values, ms):
 
 if __name__ == '__main__':
     run(main)
+    leave()

@@ -140,6 +140,7 @@ def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monk
     for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
         monkeypatch.setattr(torch.distributed, name, lambda *args: None)
     monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
+    monkeypatch.setattr('distributed.leave', lambda: None)
     monkeypatch.setenv('WORLD_SIZE', '2')
     ranks = []
     for rank in '01':
@@ -156,6 +157,7 @@ def test_block_rows_are_shared_like_the_rows_of_the_heads(train, tmp_path, monke
     for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
         monkeypatch.setattr(torch.distributed, name, lambda *args: None)
     monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
+    monkeypatch.setattr('distributed.leave', lambda: None)
     plain, rows = diffusion.forward_blocks, []
     monkeypatch.setattr(diffusion, 'forward_blocks', lambda trunk, model, x0, generator: rows.append(
         len(x0)) or plain(trunk, model, x0, generator))
@@ -200,13 +202,16 @@ class FakeWandb(types.ModuleType):
             assert (step, key) not in self.figures, f'{key} of step {step} is overwritten'
             self.figures[step, key] = value
 
+    def finish(self):
+        self.finished = True
+
 
 def test_figures_on_wandb_do_not_collide(train, tmp_path, monkeypatch):
     """Batch, training split and validation split wrote to the same keys at the same step: one of three survived."""
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
     train(tmp_path, '--wandb_log=True', '--wandb_run_name=mine')
-    assert wandb.started['name'] == 'mine' and wandb.started['config']['n_layer'] == 2
+    assert wandb.finished and wandb.started['name'] == 'mine' and wandb.started['config']['n_layer'] == 2
     entries = metrics_in(tmp_path)
     assert len(wandb.figures) == sum(len(set(entry) - {'iter', 'split'}) for entry in entries)
     val = next(entry for entry in entries if entry['iter'] == 6 and entry.get('split') == 'val')
