@@ -8,7 +8,8 @@ alone, not on the tokens, so training can show each position exactly the neighbo
 
 References: docs/sampler.md; ADJUST, a neighbour of this idea: https://arxiv.org/abs/2509.22738
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -67,7 +68,8 @@ class SamplerHead(nn.Module):
     One gated layer (GEGLU, https://arxiv.org/abs/2002.05202), normalised before and after, on a sum of features: of the
     hidden state, of the tokens up to reach away, of the trunk's state at the last token before a block, and of a
     recurrent state (GRU) that has read the tokens on the left. The last two are 0 where filling is not from left to
-    right. The output starts at zero, so the head starts as the trunk's own prediction.
+    right. The trunk's view is scaled, for it and the tokens around are partly the same evidence. The output starts at
+    zero and the scale at one, so the head starts as the trunk's own prediction.
     """
 
     def __init__(self, n_embd, reach, width, n_state):
@@ -80,7 +82,9 @@ class SamplerHead(nn.Module):
         self.state_proj = nn.Linear(n_state, width, bias=False)
         self.gate = nn.Linear(width, 2 * width)
         self.out = low_rank(width, n_embd, rank=64, bias=False)
-        nn.init.zeros_(self.out[1].weight)
+        self.scale = nn.Linear(width, 1)
+        for p in (self.out[1].weight, *self.scale.parameters()):
+            nn.init.zeros_(p)
 
     def project(self, hidden, last=None):
         """The part of the features that is known before any token is drawn: hidden, last (N, C) -> (N, H)."""
@@ -108,7 +112,7 @@ class SamplerHead(nn.Module):
         x = norm(F.gelu(norm(features)))
         gate, value = self.gate(x).chunk(2, -1)
         x = norm(x + F.gelu(gate) * value)
-        return hidden + self.out(x)
+        return hidden * (1 + self.scale(x)) + self.out(x)
 
 
 # -----------------------------------------------------------------------------
@@ -118,8 +122,8 @@ def wave_numbers(mask, first):
     """The wave in which each position is filled: 0 known or first, then one more for each step away from those.
 
     mask (B, T) bool, True where masked; first (B, T) bool, masked positions that are filled before wave 1.
-    The last two positions of a gap would be filled unseen by each other: the right one waits for the left.
-    Returns (B, T) int64; in a sequence where nothing is known every number is at least T.
+    Of the last two positions of a gap, which would not see each other, the right one waits for the left. Returns
+    (B, T) int64; in a sequence where nothing is known every number is at least T.
     """
     B, T = mask.size()
     at = torch.arange(T, device=mask.device).expand(B, T)
@@ -161,16 +165,24 @@ class SamplerExamples:
     targets: torch.Tensor     # (N,) clean ids
     around: torch.Tensor      # (N, 2 * reach) ids of the neighbours, [MASK] where not yet known
     last: torch.Tensor        # (N, C) the trunk's state at the last token before the block, else 0
-    state_of: torch.Tensor    # (N,) which of the R * T positions of text has the recurrent state, R * T for none
+    state_of: torch.Tensor    # (N,) which of the R * T positions of text has the recurrent state, -1 for none
     text: torch.Tensor        # (R, T) ids that the head reads from left to right
+
+
+def together(parts):
+    """All examples of parts, a list of SamplerExamples, as one."""
+    shifts = [0, *accumulate(part.text.numel() for part in parts)]
+    state_of = [torch.where(part.state_of < 0, -1, part.state_of + shift) for part, shift in zip(parts, shifts)]
+    return SamplerExamples(**{f.name: torch.cat([getattr(part, f.name) for part in parts])
+                              for f in fields(SamplerExamples)} | {'state_of': torch.cat(state_of)})
 
 
 def known_neighbors(x0, resample_mask, first, sequences, positions, offsets, mask_id):
     """Neighbours of positions as decoding would know them, read from the clean sequence.
 
-    x0 (B, T) ids; resample_mask (B, T) bool, positions to be filled; first (B, T) bool, those of them that the
-    language-model head fills; sequences, positions (N,). A position that a wave fills sees what earlier waves filled;
-    every other one is rescored, which happens when all is filled. Returns (N, S) ids, [MASK] where not yet known.
+    x0 (B, T) ids; resample_mask (B, T) bool, to be filled; first (B, T) bool, those that the language-model head fills;
+    sequences, positions (N,). A position that a wave fills sees what earlier waves filled; every other one is rescored,
+    when all is filled. Returns (N, S) ids, [MASK] where not yet known.
     """
     reach = len(offsets) // 2
     wave = wave_numbers(resample_mask, first)
@@ -193,8 +205,8 @@ def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True)
 
     Half of n_sequences show their masked positions as a wavefront fills them. generator: of CPU noise. augment adds
     what plain masks lack. In every other one of them only a part of the masked positions, often none, is to be filled:
-    resampling and rescoring. And blank sequences, as every sequence is when decoding begins: half as many again as a
-    wavefront fills them, and n_sequences from left to right; the trunk reads one for all, for to it they look alike.
+    resampling and rescoring. And blank sequences, as decoding begins: half as many again as a wavefront fills them, and
+    n_sequences from left to right; the trunk reads one for all, for to it they look alike.
     """
     (B, T), device = batch.x0.size(), batch.x0.device
     chosen = spread_choice(B, max(1, n_sequences // 2), generator)
@@ -203,19 +215,12 @@ def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True)
     blank_hidden = model(torch.full((1, T), model.mask_id, device=device))
     parts = [wavefront_examples(model, batch, chosen.to(device), blank.to(device), blank_hidden, generator, augment)]
 
-    # from left to right: whole sequences that the trunk has not seen, and blocks after text that it has; but for the
-    # first position of each, which the language-model head fills
-    text = batch.x0[read.to(device)]
-    if augment and T > 1:
-        positions, hidden = torch.arange(1, T, device=device), blank_hidden[:, 1:].expand(len(text), -1, -1)
-        parts.append(from_left_examples(model, text, positions, hidden, torch.zeros_like(hidden)))
+    if augment and T > 1:    # the first position is the language-model head's
+        positions, hidden = torch.arange(1, T, device=device), blank_hidden[:, 1:].expand(len(read), -1, -1)
+        parts.append(from_left_examples(model, batch.x0[read.to(device)], positions, hidden, torch.zeros_like(hidden)))
     if augment and blocks is not None:
-        parts.append(from_left_examples(model, blocks.x0, blocks.positions, blocks.hidden, blocks.last, text.numel()))
-        text = torch.cat((text, blocks.x0))
-    none = torch.full_like(parts[0].targets, text.numel())
-    return SamplerExamples(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ('hidden', 'targets', 'around', 'last')),
-        torch.cat([none, *(part.state_of for part in parts[1:])]), text)
+        parts.append(from_left_examples(model, blocks.x0, blocks.positions, blocks.hidden, blocks.last))
+    return together(parts)
 
 
 def wavefront_examples(model, batch, chosen, blank, blank_hidden, generator, augment):
@@ -236,20 +241,18 @@ def wavefront_examples(model, batch, chosen, blank, blank_hidden, generator, aug
     first = first_positions(resample_mask, score, model.config.sampler_min_neighbors_ratio)
     around = known_neighbors(x0, resample_mask, first, *mask.nonzero(as_tuple=True), model.sampler_head.local.offsets,
                              model.mask_id)
-    return SamplerExamples(hidden[mask], x0[mask], around, torch.zeros_like(hidden[mask]), None, None)
+    return SamplerExamples(hidden[mask], x0[mask], around, torch.zeros_like(hidden[mask]),
+                           torch.full_like(x0[mask], -1), x0[:0])
 
 
-def from_left_examples(model, text, positions, hidden, last, start=0):
-    """Positions (M,) of every sequence of text (R, T), filled from left to right: hidden, last (R, M, C).
-
-    start: where the recurrent states of text begin among all of the examples'.
-    """
+def from_left_examples(model, text, positions, hidden, last):
+    """Positions (M,) of every sequence of text (R, T), filled from left to right: hidden, last (R, M, C)."""
     (R, T), head = text.shape, model.sampler_head
     sequences, at = torch.arange(R, device=text.device).repeat_interleave(len(positions)), positions.repeat(R)
     around = gather_neighbors(pad(text, head.reach, model.mask_id), sequences, at, head.local.offsets, head.reach)
     around = torch.where(head.local.offsets < 0, around, model.mask_id)
-    return SamplerExamples(hidden.flatten(0, 1), text[sequences, at], around, last.flatten(0, 1),
-                           start + sequences * T + at, None)
+    return SamplerExamples(hidden.flatten(0, 1), text[sequences, at], around, last.flatten(0, 1), sequences * T + at,
+                           text)
 
 
 def confidence(logits):
@@ -264,7 +267,7 @@ def sampler_loss(head, examples, wte):
     state = None
     if len(examples.text):
         states = head.states(examples.text, wte).flatten(0, 1)
-        state = F.pad(states, (0, 0, 0, 1))[examples.state_of]
+        state = F.pad(states, (0, 0, 0, 1))[examples.state_of]    # -1: nothing read
     adjusted = head(hidden, head.project(hidden, examples.last.detach()), around, tables, state)
     return F.cross_entropy(F.linear(adjusted, wte[:-1].detach()).float(), examples.targets)
 
@@ -396,5 +399,5 @@ class Wavefront:
 
 
 def uncast(hidden):
-    """No autocast: a wave is many small products, and casting them would cost more than it saves."""
+    """No autocast: a wave is many small products, and casting them costs more than it saves."""
     return torch.autocast(hidden.device.type, enabled=False)

@@ -27,7 +27,7 @@ def plain_fill(model, xt, mask, hidden, u):
         h = layer_norm(F.gelu(layer_norm(feature)))
         gate, value = head.gate(h).split(h.numel())
         h = layer_norm(h + F.gelu(gate) * value)
-        return model.lm_head(hidden[b, i] + head.out(h))
+        return model.lm_head(hidden[b, i] * (1 + head.scale(h)) + head.out(h))
 
     for b in range(B):
         if mask[b].all():
