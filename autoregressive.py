@@ -5,12 +5,11 @@
 The same trunk with attention_type = 'causal'. It scores the samples of the evaluation and is what a user would pick
 instead of diffusion, so its seconds are measured as a user would get them.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
 from layers import attend, norm, rotate
+from metrics import mean_error
 from noise import TOKENS, sample, uniform
 
 
@@ -24,7 +23,7 @@ def nll(trunk, model, x):
 def validate(model, x0, batch_size):
     """Mean NLL of sequences (N, T), nats per token: {'nll', 'nll_error' (standard error over sequences)}."""
     values = torch.cat([nll(model, model, part).mean(1) for part in x0.split(batch_size)]).double()
-    return {'nll': values.mean().item(), 'nll_error': (values.std() / math.sqrt(len(values))).item()}
+    return dict(zip(('nll', 'nll_error'), mean_error(values.tolist())))
 
 
 class CachedModel:

@@ -4,7 +4,6 @@ References:
 MDLM, the bound as an average of masked cross-entropies: https://arxiv.org/abs/2406.07524
 LLaDA, the same with a fixed number of masks, which varies less: https://arxiv.org/abs/2502.09992
 """
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from blocks import lay_out, views
 from critic import critic_loss
 from decoding import decode_block, default_config
 from likelihood import log_likelihood
-from metrics import area_under_roc
+from metrics import area_under_roc, mean_error
 from noise import derive
 from plans import make_plan
 from sampler import sampler_examples, sampler_loss, spread_choice
@@ -200,8 +199,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
             ranked.append((losses.pop('critic_targets').cpu(), losses.pop('critic_logits').cpu()))
         for name, value in (losses | {'main': nll.mean()}).items():
             totals.setdefault(name, []).append((value.double().cpu(), int(batch.mask.sum())))
-    nelbo = torch.cat(nelbo)
-    result = {'nelbo': nelbo.mean().item(), 'nelbo_error': (nelbo.std() / math.sqrt(R)).item()}
+    result = dict(zip(('nelbo', 'nelbo_error'), mean_error(torch.cat(nelbo).tolist())))
     if ranked:
         targets, logits = (torch.cat(values) for values in zip(*ranked))
         result['critic_auc'] = area_under_roc(targets, logits)

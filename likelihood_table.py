@@ -18,6 +18,7 @@ import diffusion
 from corpus import make_folder, write_atomically
 from device import autocast
 from likelihood import log_likelihood
+from metrics import mean_error
 from plans import Plan, make_plan
 from sampler import Wavefront
 
@@ -76,13 +77,12 @@ def measure(evaluation, decoders, progress):
                 sequences = range(start, min(start + BATCH, SEQUENCES))
                 plan = plan_of(model, name, passes, evaluation.seed, sequences, device)
                 nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
-            nll = torch.cat(nll)
             one = Plan(plan.pass_of[:1], plan.wave_of[:1])
             config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
                                             seed=evaluation.seed)
             seconds = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
-            entries.append(entry(decoder, name, passes, one.steps(use_sampler), nll.mean().item(),
-                                 (nll.std() / len(nll) ** 0.5).item(), seconds))
+            mean = mean_error(torch.cat(nll).tolist())
+            entries.append(entry(decoder, name, passes, one.steps(use_sampler), *mean, seconds))
     return entries
 
 
