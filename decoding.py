@@ -163,6 +163,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
         config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)    # the last ones may be given
+    reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
     score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
     for i in range(config.passes):
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked
@@ -170,7 +171,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
         planned = plan is not None and i < config.plan_passes
         if planned and plan.blockwise:
             (lane,) = plan.lanes[i]
-            block, last = model.read_block(xt, lane.start, lane.end)
+            block, last = reader.read_block(xt, lane.start, lane.end)
             read = F.pad(block, (0, 0, lane.start, x.size(1) - lane.end))
             hidden = torch.where((plan.pass_of == i)[..., None] & unknown[..., None], read, hidden)
         else:
