@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import blank, masked_sequences, tiny_model
-from decoding import (DecoderConfig, Naive, blocks, decode_block, default_config, generate, linear_ratios,
+from decoding import (DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios,
                       positions_to_remask)
 from noise import ORDER, gumbel, uniform
-from sampler import Wavefront
+from filling import Naive, Wavefront
 
 
 @pytest.mark.parametrize('iterations, expected', [
