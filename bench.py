@@ -296,8 +296,9 @@ def main():
     # 3. table and bench.json
     result['rows'] = summarize(rounds, training | decoding, config, model_flops(config, trunk), rate)
     result['peak_memory'] = memory
-    result['ratios'] = {name: ratio(rounds, *pair) for name, pair in RATIOS.items()} | {
-        'wavefront_over_naive_15_memory_batch32': memory['wavefront 15, batch 32'] / max(1, memory['naive 15, batch 32'])}
+    result['ratios'] = {name: ratio(rounds, *pair) for name, pair in RATIOS.items()}
+    naive, wavefront = memory['naive 15, batch 32'], memory['wavefront 15, batch 32']
+    result['ratios']['wavefront_over_naive_15_memory_batch32'] = wavefront / max(1, naive)
     print('\n' + table(result))
     path = os.path.join(args.out_dir, 'bench.json')
     write_atomically(path, json.dumps(result, indent=2).encode())

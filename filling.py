@@ -118,9 +118,9 @@ class Wavefront:
         """Fill the positions of mask from left to right, in every lane at once.
 
         xt, mask (B, T); hidden (B, T, C); last (B, C) the trunk's state before the lanes, or None; lanes: a plans.Lane
-        for each stretch to fill; state (B * n, S): the head's recurrent state before the n lanes, None to read the text.
-        Returns as fill, and the state behind the lanes. Every sequence and lane takes each step: nothing waits for the
-        device, and no shape depends on what is drawn.
+        for each stretch to fill; state (B * n, S): the head's recurrent state before the n lanes, None to read the
+        text. Returns as fill, and the state behind the lanes. Every sequence and lane takes each step: nothing waits
+        for the device, and no shape depends on what is drawn.
         """
         (B, T), n, reach, device = xt.shape, len(lanes), self.reach, xt.device
         with uncast(hidden):

@@ -24,7 +24,8 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     """Log-probability of each token of x0 under the decoder that follows plan, nats.
 
     x0 (B, T) int64 clean ids; plan: of (B, T) or (1, T). Returns (B, T) float64 on the CPU: sum over a sequence for
-    the likelihood of the sequence. Costs plan.passes forward passes, which read a text once where the plan is blockwise.
+    the likelihood of the sequence. Costs plan.passes forward
+    passes, which read a text once where the plan is blockwise.
     """
     pass_of, wave_of = plan.pass_of.expand_as(x0), plan.wave_of.expand_as(x0)
     key = pass_of * (int(wave_of.max()) + 1) + wave_of    # earlier positions have a smaller one

@@ -88,4 +88,5 @@ def machine(device):
         with open('/proc/cpuinfo') as f:
             name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)
     return {'machine': name, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
-            'load_before': round(os.getloadavg()[0], 2), 'torch': torch.__version__, 'python': platform.python_version()}
+            'load_before': round(os.getloadavg()[0], 2), 'torch': torch.__version__,
+            'python': platform.python_version()}
