@@ -49,7 +49,9 @@ def test_one_command_writes_every_ratio(script, tmp_path):
     assert status == 0, err
     result = json.loads((tmp_path / 'bench.json').read_text())
     assert set(result['ratios']) == {*bench.RATIOS, 'wavefront_over_naive_15_memory_batch32'}
-    assert all(value >= 0 for value in result['ratios'].values())
+    missing = {name for name, value in result['ratios'].items() if value is None}
+    assert missing == {'revising_over_naive_15_batch32'}, 'too slow for --quick'
+    assert all(value >= 0 for name, value in result['ratios'].items() if name not in missing)
     rows = result['rows']
     assert set(rows['stage 3']['seconds']) == {'total', 'forward', 'backward', 'optimizer'} == set(
         rows['nanoGPT']['seconds'])
