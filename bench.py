@@ -50,7 +50,8 @@ def arguments():
     parser.add_argument('--config', default='config/train_char_diffusion_sampler.py', help='size and batch')
     parser.add_argument('--checkpoint', help='decode with these weights; default: random ones of the config\'s size')
     parser.add_argument('--out-dir', default='.', help='where bench.json is written')
-    parser.add_argument('--quick', action='store_true', help='fewer rounds, no growth with batch and length, no revising at batch 32')
+    parser.add_argument('--quick', action='store_true',
+                        help='fewer rounds, no growth with batch and length, no revising at batch 32')
     parser.add_argument('--nanogpt', help='nanoGPT\'s folder or model.py, for a comparison of training steps')
     parser.add_argument('--rounds', type=int, help='of every row, after the warm-up; default 3 or, in full, 7')
     parser.add_argument('--peak-of', help=argparse.SUPPRESS)    # run one row in this process, print its peak memory
