@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from critic import remask_score
-from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, pieces, probability, sample, uniform
+from filling import Naive, Wavefront
+from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, uniform
 from plans import make_plan
-from sampler import Wavefront
 
 # -----------------------------------------------------------------------------
 # settings
@@ -86,26 +86,7 @@ def linear_ratios(iterations, start, end):
 
 
 # -----------------------------------------------------------------------------
-# filling
-
-class Naive:
-    """Fills every masked position from its own marginal; the methods are those of Wavefront."""
-    reach = 0    # a token's probability depends on no neighbour
-
-    def __init__(self, model):
-        self.lm_head, self.vocab_size = model.lm_head, model.mask_id
-
-    def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
-        x, at = xt.clone(), mask.nonzero(as_tuple=True)
-        for part in pieces(len(at[0]), self.vocab_size):
-            now = at[0][part], at[1][part]
-            x[now] = sample(self.lm_head(hidden[now]), u[now], temperature, top_p)
-        return x, torch.zeros_like(xt), 1
-
-    def rescore(self, x, at, hidden):
-        parts = [(at[0][part], at[1][part]) for part in pieces(len(at[0]), self.vocab_size)]
-        return torch.cat([probability(self.lm_head(hidden[now]), x[now]) for now in parts])
-
+# remasking
 
 def highest(score, candidates, n):
     """The n (B,) highest-scored of each sequence's candidates (B, T) bool; score (B, T). Returns (B, T) bool."""
@@ -147,36 +128,48 @@ class Decoded:
     waves: int                    # sequential steps of filling
 
 
+def make_filler(model, config):
+    """Who fills in this decoding. What it computes of the weights serves every block until they change."""
+    return (Wavefront if config.use_sampler else Naive)(model)
+
+
 @torch.no_grad()
-def decode_block(model, x, free, config, sequences, positions, on_pass=None):
+def decode_block(model, x, free, config, sequences, positions, on_pass=None, filler=None):
     """Fill the free positions of a block in config.passes forward passes or fewer.
 
     x (B, T) ids, of which the free ones are ignored; free (B, T) bool; sequences (B,) and positions (T,) int name them
-    to the noise. on_pass is called with a dict after every pass. Returns Decoded.
+    to the noise. on_pass is called with a dict after every pass. filler: of make_filler, None makes one. Returns
+    Decoded. While a plan is followed and nobody listens, a pass does not wait for the device.
     """
-    filler, critic = (Wavefront if config.use_sampler else Naive)(model), model.critic_head
+    filler, critic = filler or make_filler(model, config), model.critic_head
     reach = max(filler.reach, critic.reach if critic is not None else 0)
     corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
-    x, unknown, waves, hidden = torch.where(free, model.mask_id, x), free, 0, 0
+    x, unknown, waves, hidden, state = torch.where(free, model.mask_id, x), free, 0, 0, None
     plan = None    # the wavefront's own order is that of every fill
     if config.plan != 'wavefront' and free.any():
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
         config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)    # the last ones may be given
+    reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
     score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
+    stale, busy = torch.zeros_like(free), range(len(x))    # positions to rescore; sequences with masks
     for i in range(config.passes):
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked
         xt, last = torch.where(unknown, model.mask_id, x), None
         planned = plan is not None and i < config.plan_passes
         if planned and plan.blockwise:
             (lane,) = plan.lanes[i]
-            block, last = model.read_block(xt, lane.start, lane.end)
-            read = F.pad(block, (0, 0, lane.start, x.size(1) - lane.end))
-            hidden = torch.where((plan.pass_of == i)[..., None] & unknown[..., None], read, hidden)
-        else:
+            block, now = slice(lane.start, lane.end), unknown[:, lane.start:lane.end, None]
+            read, last = reader.read_block(xt, lane.start, lane.end)
+            hidden = hidden if i else read.new_zeros(*x.shape, read.size(-1))
+            hidden[:, block] = torch.where(now, read, hidden[:, block])
+        elif len(busy) == len(x):
             hidden = torch.where(unknown[..., None], model(xt), hidden)
+        else:
+            hidden = hidden.index_copy(0, busy, torch.where(unknown[busy, :, None], model(xt[busy]), hidden[busy]))
         mask = unknown & (plan.pass_of == i) if planned else unknown
         later = unknown & ~mask    # what the plan leaves to later passes
+        remasks = config.plan_passes <= i + 1 < config.passes
 
         wave_of, steps = torch.zeros_like(x), 0
         for j in range(1 + corrections):
@@ -191,36 +184,45 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None):
             now = xt_now, resample_mask, hidden
             draw = u, config.temperature_of(i), config.top_p
             if planned and plan.lanes and config.use_sampler and not j:
-                x, wave, made = filler.fill_from_left(*now, last, plan.lanes[i], *draw)
+                x, wave, made, state = filler.fill_from_left(*now, last, plan.lanes[i], *draw, state)
             else:
                 x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned and not j else None)
             wave_of = torch.where(resample_mask, steps + wave, wave_of)
             steps += made
 
-            # 3. rescore every token that was filled, or that has another neighbour than before
+            # 3. rescore what was filled or has another neighbour than before, when somebody asks
             changed = within_reach(resample_mask & (x != before), reach) if i or j else resample_mask
-            at = (free & ~later & (resample_mask | changed)).nonzero(as_tuple=True)
-            prob = filler.rescore(x, at, hidden)
-            score[at] = 1 - prob
-            if critic is not None:
-                critic_logits[at] = exact(critic(hidden, x, at, model.wte.weight))
-                if config.order == 'critic':
-                    score[at] = remask_score(prob, critic_logits[at])
+            stale = stale | resample_mask | changed
+            if on_pass or remasks or j < corrections:
+                at = (free & ~later & stale).nonzero(as_tuple=True)
+                prob = filler.rescore(x, at, hidden)
+                score[at] = 1 - prob
+                if critic is not None:
+                    critic_logits[at] = exact(critic(hidden, x, at, model.wte.weight))
+                    if config.order == 'critic':
+                        score[at] = remask_score(prob, critic_logits[at])
+                stale = torch.zeros_like(stale)
         waves += steps
 
         # 4. mask the worst again, once the plan is through
         remasked = later
-        if config.plan_passes <= i + 1 < config.passes:
+        if remasks:
             remasked = positions_to_remask(config, i, score, mask, free, sequences, positions)
             if not planned:    # a finished sequence stays so, whatever the others do
                 remasked = remasked & mask.any(1, keepdim=True)
         if on_pass:
-            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'hidden': hidden, 'wave': wave_of,
+            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'hidden': hidden.clone(), 'wave': wave_of,
                      'remask_score': torch.where(free, score, 0), 'remasked': remasked})
         unknown = remasked
-        if not unknown.any():
-            break
-    p_generated = None if critic is None else torch.where(free, torch.sigmoid(critic_logits), 0)
+        if i + 1 >= config.plan_passes:    # the plan knows that more is to come
+            busy = unknown.any(1).nonzero()[:, 0]
+            if not len(busy):
+                break
+    p_generated = None
+    if critic is not None:
+        at = (free & stale).nonzero(as_tuple=True)
+        critic_logits[at] = exact(critic(hidden, x, at, model.wte.weight))
+        p_generated = torch.where(free, torch.sigmoid(critic_logits), 0)
     return Decoded(x, p_generated, i + 1, waves)
 
 
@@ -251,11 +253,13 @@ def generate(model, x, free, config, sequences, on_pass=None):
     Returns Decoded, its counts summed over blocks.
     """
     x, free, p_generated, passes, waves = x.clone(), free.clone(), exact(torch.zeros_like(x)), 0, 0
+    filler = make_filler(model, config)
     for start, end in blocks(x.size(1), model.config.block_size):
         part = slice(start, end)
         if not free[:, part].any():
             continue
-        block = decode_block(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass)
+        block = decode_block(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass,
+                             filler)
         if block.p_generated is not None:
             p_generated[:, part] = torch.where(free[:, part], block.p_generated, p_generated[:, part])
         x[:, part], free[:, part] = block.x, False

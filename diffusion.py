@@ -138,12 +138,10 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
     steps = []
     config = default_config(model, iterations, prefix_only=blank, revising=True, seed=derive(seed, 1))
     decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append)
-    hidden = [0]
-    for step in steps:
-        masked = step['xt'] == model.mask_id
-        read = model(torch.where(masked, model.mask_id, x0))
-        hidden.append(torch.where(masked[..., None], read, hidden[-1]))
-    n = len(steps)
+    n, hidden = len(steps), [0]
+    masked = torch.stack([step['xt'] == model.mask_id for step in steps])
+    for mask_now, read in zip(masked, model(torch.where(masked, model.mask_id, x0).flatten(0, 1)).chunk(n)):
+        hidden.append(torch.where(mask_now[..., None], read, hidden[-1]))
     generated = torch.cat([step['x'] for step in steps]), torch.cat([step['hidden'] for step in steps])
     return generated, (x0.repeat(n, 1), torch.cat(hidden[1:])), mask.repeat(n, 1)
 

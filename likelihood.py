@@ -24,17 +24,19 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     """Log-probability of each token of x0 under the decoder that follows plan, nats.
 
     x0 (B, T) int64 clean ids; plan: of (B, T) or (1, T). Returns (B, T) float64 on the CPU: sum over a sequence for
-    the likelihood of the sequence. Costs plan.passes forward passes.
+    the likelihood of the sequence. Costs plan.passes forward
+    passes, which read a text once where the plan is blockwise.
     """
     pass_of, wave_of = plan.pass_of.expand_as(x0), plan.wave_of.expand_as(x0)
     key = pass_of * (int(wave_of.max()) + 1) + wave_of    # earlier positions have a smaller one
     state = lane_states(model, x0, plan) if use_sampler and plan.lanes else None
+    reader = model.reader(*x0.shape) if plan.blockwise else None
     result = torch.zeros(x0.shape, dtype=torch.float64)
     for k in range(plan.passes):
         last = None
         if plan.blockwise:
             (lane,) = plan.lanes[k]
-            block, last = model.read_block(x0, lane.start, lane.end)
+            block, last = reader.read_block(x0, lane.start, lane.end)
             hidden = F.pad(block, (0, 0, lane.start, x0.size(1) - lane.end))
         else:
             hidden = model(torch.where(pass_of >= k, model.mask_id, x0))

@@ -17,10 +17,10 @@ import decoding
 import diffusion
 from corpus import make_folder, write_atomically
 from device import autocast
+from filling import Wavefront
 from likelihood import log_likelihood
 from metrics import mean_error
 from plans import Plan, make_plan
-from sampler import Wavefront
 
 SEQUENCES = 432    # validation sequences, as many as train.py's evaluations have
 BATCH = 32         # sequences scored, and sampled for the seconds, at a time

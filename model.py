@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import lay_out, views
+from cache import CachedTrunk
 from critic import CriticHead
 from layers import Block, norm, rotary_tables
 from sampler import SamplerHead
@@ -103,14 +103,9 @@ class GPT(nn.Module):
             x = block(x, cos, sin, layout)
         return norm(x.to(self.wte.weight.dtype))
 
-    def read_block(self, x, start, end):
-        """The trunk's view of a block, masked, after finished text: x (B, T) ids, of which those before start count.
-
-        Returns hidden (B, end - start, C) and last (B, C), as blocks.views.
-        """
-        layout = lay_out(start, (start,), end - start, x.device)
-        hidden, last = views(self(x[:, :start], layout), layout)
-        return hidden, last[:, 0]
+    def reader(self, B, length):
+        """Reads text of B sequences from left to right, and masked blocks behind it, each token once."""
+        return CachedTrunk(self, B, length)
 
     def lm_head(self, hidden):
         """Logits (..., V - 1) float32 of hidden states (..., C). [MASK] has none, so no decoder can produce it."""

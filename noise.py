@@ -9,8 +9,10 @@ Sampling in float64: Zheng et al. 2024, https://arxiv.org/abs/2409.02908
 """
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 TOKENS, ORDER, POSITIONS, CORRECTIONS = range(4)    # streams of noise: one for each use
+GROUP = 256    # tokens whose weights are summed before the running sum of a large vocabulary
 MAX_LOGITS = 2 ** 23    # numbers in a piece of logits: 32 MB in float32, and some temporaries of twice that
 
 
@@ -66,14 +68,34 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
+    if top_p == 1:
+        # rounded in float32, a weight is as exact as its logit; what loses the tail is a sum in float32
+        return invert(((logits - logits.amax(-1, keepdim=True)) / temperature).exp_(), u)
     prob = torch.softmax(exact(logits) / temperature, -1)
-    if top_p < 1:
-        sorted_prob, order = prob.sort(dim=-1, descending=True)
-        beyond = sorted_prob.cumsum(-1) - sorted_prob >= top_p
-        prob = prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
-    cdf = prob.cumsum(-1)
-    # the first token at which the sum reaches u of the whole: one without probability never is it
-    return torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:])[:, 0]
+    sorted_prob, order = prob.sort(dim=-1, descending=True)
+    beyond = sorted_prob.cumsum(-1) - sorted_prob >= top_p
+    return invert(prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0), u)
+
+
+def invert(weight, u):
+    """The first index at which the running sum of weight (N, V) >= 0 reaches u (N,) of the whole: ids (N,) int64.
+
+    One without weight never is it. Of a large vocabulary, the sums of GROUP tokens are run over first.
+    """
+    N, V = weight.shape
+    dtype = torch.float32 if weight.device.type == 'mps' else torch.float64
+    u = u.to(dtype)[:, None]
+    if V > 4 * GROUP:
+        weight = F.pad(weight, (0, -V % GROUP)).unflatten(-1, (-1, GROUP))
+        sums = weight.sum(-1, dtype=dtype).cumsum(-1)
+        target = u * sums[:, -1:]
+        group = torch.searchsorted(sums, target)
+        target = target - F.pad(sums, (1, 0)).gather(1, group)
+        sums = weight[torch.arange(N, device=weight.device), group[:, 0]].cumsum(-1, dtype=dtype)
+        target = target.minimum(sums[:, -1:])    # the two sums are rounded differently
+        return torch.searchsorted(sums, target)[:, 0] + group[:, 0] * GROUP
+    sums = weight.cumsum(-1, dtype=dtype)
+    return torch.searchsorted(sums, u * sums[:, -1:])[:, 0]
 
 
 def probability(logits, ids):

@@ -16,12 +16,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from layers import norm
-from noise import pieces, probability, sample
 
 
 def low_rank(n_in, n_out, rank, bias=True):
     """A linear map in two factors, for which a small head has no room otherwise."""
     return nn.Sequential(nn.Linear(n_in, min(rank, n_out), bias=False), nn.Linear(min(rank, n_out), n_out, bias=bias))
+
+
+def uncast(hidden):
+    """No autocast: a wave is many small products, and casting them would cost more than it saves."""
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 class LocalContext(nn.Module):
@@ -99,10 +103,15 @@ class SamplerHead(nn.Module):
             read, _ = self.reader(self.local.codes(wte, text[:, :-1]))
         return F.pad(read, (0, 0, 1, 0))    # 0: nothing read
 
-    def read(self, ids, state, wte):
-        """Recurrent state after one more token: ids (N,), state (N, S) -> (N, S)."""
-        weights = (getattr(self.reader, name) for name in ('weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0'))
-        return torch.gru_cell(self.local.codes(wte, ids), state, *weights)
+    def read(self, token_gates, state_gates, state):
+        """Recurrent state (N, S) after one more token: what the token and the state before it (N, S) say to the gates.
+
+        token_gates, state_gates (N, 3 S), biases included. Step by step what states does for a whole text.
+        """
+        S = state.size(1)
+        reset, update = (token_gates[:, :2 * S] + state_gates[:, :2 * S]).sigmoid_().chunk(2, 1)
+        fresh = torch.addcmul(token_gates[:, 2 * S:], reset, state_gates[:, 2 * S:]).tanh_()
+        return torch.lerp(fresh, state, update)
 
     def forward(self, hidden, projected, around, tables, state=None):
         """hidden (N, C), projected (N, H), around (N, 2 * reach) ids, state (N, S) -> hidden states (N, C)."""
@@ -270,134 +279,3 @@ def sampler_loss(head, examples, wte):
         state = F.pad(states, (0, 0, 0, 1))[examples.state_of]    # -1: nothing read
     adjusted = head(hidden, head.project(hidden, examples.last.detach()), around, tables, state)
     return F.cross_entropy(F.linear(adjusted, wte[:-1].detach()).float(), examples.targets)
-
-
-# -----------------------------------------------------------------------------
-# decoding
-
-class Wavefront:
-    """Fills masked positions by wavefront: the head's tables are made once, here, and serve every forward pass.
-
-    Those of a vocabulary of more than max_tabled tokens would fill the memory: they are made for the tokens of a wave.
-    """
-    max_tabled = 8192
-
-    def __init__(self, model):
-        self.head, self.wte, self.lm_head = model.sampler_head, model.wte.weight, model.lm_head
-        self.first_ratio, self.reach = model.config.sampler_min_neighbors_ratio, model.sampler_head.reach
-        with uncast(self.wte):
-            self.tables = self.head.local.tables(self.wte) if len(self.wte) <= self.max_tabled else None
-
-    def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
-        """Fill the positions of mask.
-
-        xt, mask (B, T); hidden (B, T, C); u (B, T) uniform; wave (B, T) int64: when each position is filled, None for
-        the wavefront's own order. Returns x (B, T); wave (B, T), 0 for known positions and for first ones, which the
-        language-model head fills; and the number of sequential steps. Each position costs one evaluation of the head,
-        however many waves there are. First positions are drawn at temperature 1 (unless it is 0): cooler ones would
-        begin every sequence alike.
-        """
-        T, reach = xt.size(1), self.reach
-        with uncast(hidden):
-            if wave is None:
-                wave = wave_numbers(mask, self.first(mask, hidden))
-            flat = mask.flatten().nonzero()[:, 0]
-            number, order = wave.flatten()[flat].sort(stable=True)
-            sequences, positions = flat[order] // T, flat[order] % T
-            sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
-            hidden, u = hidden[sequences, positions], u[sequences, positions]
-            projected = self.head.project(hidden)
-            x = pad(xt, reach, len(self.wte) - 1)
-            start = 0
-            for number, size in enumerate(sizes):
-                drawn = []    # written when the wave is done: its positions do not see each other
-                for part in pieces(size, len(self.wte)):
-                    now = slice(start + part.start, start + part.stop)
-                    at = sequences[now], positions[now]
-                    if number == 0:
-                        logits, wave_temperature = self.lm_head(hidden[now]), 1.0 if temperature else 0.0
-                    else:
-                        logits, wave_temperature = self.logits(x, at, hidden[now], projected[now]), temperature
-                    drawn.append(sample(logits, u[now], wave_temperature, top_p))
-                wave_at = slice(start, start + size)
-                x[sequences[wave_at], positions[wave_at] + reach] = torch.cat(drawn)
-                start += size
-        return x[:, reach:reach + T], wave, sum(size > 0 for size in sizes)
-
-    def fill_from_left(self, xt, mask, hidden, last, lanes, u, temperature, top_p):
-        """Fill the positions of mask from left to right, in every lane at once.
-
-        xt, mask (B, T); hidden (B, T, C); last (B, C) the trunk's state before the lanes, or None; lanes: a plans.Lane
-        for each stretch to fill. Returns as fill. Every sequence and lane takes each step: nothing waits for the
-        device, and no shape depends on what is drawn.
-        """
-        (B, T), n, reach, device = xt.shape, len(lanes), self.reach, xt.device
-        starts, ends = (torch.tensor([getattr(lane, name) for lane in lanes]) for name in ('start', 'end'))
-        sequences = torch.arange(B, device=device).repeat_interleave(n)
-        wave = torch.zeros_like(xt)
-        with uncast(hidden):
-            read = [F.pad(xt[:, lane.read_from:lane.start], (0, 1)) for lane in lanes]
-            state = torch.stack([self.head.states(text, self.wte)[:, -1] for text in read], 1).flatten(0, 1)
-            projected = self.head.project(hidden, None if last is None else last[:, None])
-            x = pad(xt, reach, self.wte.size(0) - 1)
-            known_left = self.head.local.offsets < 0
-            steps = int((ends - starts).max())
-            for t in range(steps):
-                positions = torch.minimum(starts + t, ends - 1).to(device).repeat(B)    # (B * n,)
-                at = sequences, positions
-                if t:
-                    state = self.head.read(x[sequences, positions - 1 + reach], state, self.wte)
-                around = gather_neighbors(x, *at, self.head.local.offsets, reach)
-                around = torch.where(known_left, around, self.wte.size(0) - 1)
-                nothing_read = t == 0 and lanes[0].read_from == lanes[0].start
-                step_temperature = (1.0 if temperature else 0.0) if nothing_read else temperature
-                view = hidden[at]
-                if t:    # the first position is the language-model head's
-                    view = self.adjusted(view, projected[at], around, state)
-                drawn = torch.cat([sample(self.lm_head(view[part]), u[at][part], step_temperature, top_p)
-                                   for part in pieces(len(view), len(self.wte))])
-                fills = mask[at] & (starts + t < ends).to(device).repeat(B)
-                column = positions + reach
-                x[sequences, column] = torch.where(fills, drawn, x[sequences, column])
-                wave[at] = torch.where(fills, t, wave[at])
-        return x[:, reach:reach + T], wave, steps
-
-    def first(self, mask, hidden):
-        """Where blank sequences begin, their most confident positions: mask (B, T), hidden (B, T, C) -> (B, T) bool."""
-        score = torch.zeros(mask.shape, device=mask.device)
-        blank = mask.all(1).nonzero()[:, 0]
-        views = hidden[blank].flatten(0, 1)
-        with uncast(hidden):
-            found = [confidence(self.lm_head(views[part])) for part in pieces(len(views), len(self.wte))]
-        score = score.index_copy(0, blank, torch.cat(found).view(-1, mask.size(1)))
-        return first_positions(mask, score, self.first_ratio)
-
-    def rescore(self, x, at, hidden):
-        """Probability of tokens given their present neighbours on both sides.
-
-        x (B, T) filled; at: sequences and positions (N,); hidden (B, T, C) as the trunk last saw each position masked,
-        so this costs no forward pass. Returns (N,) float64.
-        """
-        with uncast(hidden):
-            padded, hidden = pad(x, self.reach, len(self.wte) - 1), hidden[at]
-            projected = self.head.project(hidden)
-            return torch.cat([
-                probability(self.logits(padded, (at[0][part], at[1][part]), hidden[part], projected[part]),
-                            x[at[0][part], at[1][part]]) for part in pieces(len(hidden), len(self.wte))])
-
-    def logits(self, padded, at, hidden, projected):
-        """The head's logits (N, V - 1) at positions: padded (B, T + 2 reach) ids; hidden (N, C); projected (N, H)."""
-        around = gather_neighbors(padded, *at, self.head.local.offsets, self.reach)
-        return self.lm_head(self.adjusted(hidden, projected, around))
-
-    def adjusted(self, hidden, projected, around, state=None):
-        """The head's hidden states (N, C), with its tables or, for a large vocabulary, tables of the tokens around."""
-        tables = self.tables
-        if tables is None:
-            tables, around = self.head.local.tables_for(self.wte, around)
-        return self.head(hidden, projected, around, tables, state)
-
-
-def uncast(hidden):
-    """No autocast: a wave is many small products, and casting them costs more than it saves."""
-    return torch.autocast(hidden.device.type, enabled=False)

@@ -17,6 +17,7 @@ import environment    # before torch, as in the scripts
 
 import torch
 
+from blocks import lay_out, views
 from corpus import prepare_text
 from diffusion import forward_masked, mask_exactly
 from model import GPT, GPTConfig
@@ -158,3 +159,10 @@ def blank(model, B=3, T=24):
     """x (B, T) and free (B, T): sequences to be written from nothing."""
     x = torch.full((B, T), model.mask_id)
     return x, x == model.mask_id
+
+
+def read_block(model, x, start, end):
+    """The trunk's view of a block behind text without a cache, a plain forward pass: as CachedTrunk.read_block."""
+    layout = lay_out(start, (start,), end - start)
+    hidden, last = views(model(x[:, :start], layout), layout)
+    return hidden, last[:, 0]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import autoregressive
+from cache import CachedTrunk
 from conftest import tiny_model
 from noise import TOKENS, sample, uniform
 
@@ -31,8 +32,8 @@ def generate_without_cache(model, first, length, sequences, seed, temperature, t
 def test_one_position_at_a_time_gives_the_logits_of_a_whole_forward_pass(model):
     """Every layer sees as much as without a cache: attention back to the start, the convolution 8 positions back."""
     x = ids(3, 24)
-    cached = autoregressive.CachedModel(model, 3, 24)
-    logits = torch.stack([cached.step(x[:, t], t) for t in range(24)], 1)
+    cached = CachedTrunk(model, 3, 24)
+    logits = torch.cat([cached.lm_head(cached.read(x[:, t:t + 1])) for t in range(24)], 1)
     torch.testing.assert_close(logits, model.lm_head(model(x)), rtol=1e-6, atol=1e-6)
 
 
@@ -64,8 +65,8 @@ def test_autocast_reaches_the_cache(model):
     exact = small.lm_head(small(x))
     with torch.autocast('cpu', torch.bfloat16):
         whole = small.lm_head(small(x))
-        cached = autoregressive.CachedModel(small, 2, 12)
-        logits = torch.stack([cached.step(x[:, t], t) for t in range(12)], 1)
+        cached = CachedTrunk(small, 2, 12)
+        logits = torch.cat([cached.lm_head(cached.read(x[:, t:t + 1])) for t in range(12)], 1)
     assert cached.dtype == torch.bfloat16 and logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 2 * (whole - exact).abs().max() + 1e-3
 

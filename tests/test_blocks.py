@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from blocks import lay_out, views
-from conftest import tiny_batch, tiny_model
+from conftest import read_block, tiny_batch, tiny_model
 from diffusion import forward_blocks, head_losses
 
 T = 24
@@ -55,7 +55,7 @@ def test_read_block_equals_the_packed_pass(starts, size):
         for n, start in enumerate(starts):
             given = x.clone()
             given[:, start:] = model.mask_id
-            found = model.read_block(given, start, start + size)
+            found = read_block(model, given, start, start + size)
             torch.testing.assert_close(found[0], view[:, n * size:(n + 1) * size], atol=1e-10, rtol=0)
             torch.testing.assert_close(found[1], last[:, n], atol=1e-10, rtol=0)
             assert (found[1] == 0).all() == (start == 0)
@@ -124,7 +124,7 @@ def test_loss_of_blocks_by_hand():
     def ce(hidden, i):
         return torch.nn.functional.cross_entropy(model.lm_head(hidden), x[:, i]).double()
     with torch.no_grad():
-        text = torch.stack([ce(model.read_block(x, i, i + 1)[1], i) for i in range(1, T)]).mean()
+        text = torch.stack([ce(read_block(model, x, i, i + 1)[1], i) for i in range(1, T)]).mean()
         for layout, blocks, loss in block_choices(model, x, range(40)):
             size, starts = layout.size, layout.starts.tolist()
             assert starts == list(range(starts[0], T, 2 * size)) and starts[0] in (0, size)
@@ -146,7 +146,7 @@ def test_what_blocks_show_to_the_sampler_head():
         assert blocks.positions.tolist() == [s + p for s in starts for p in range(1, size)]
         assert torch.equal(blocks.x0, x)
         with torch.no_grad():
-            read = [model.read_block(x, s, s + size) for s in starts]
+            read = [read_block(model, x, s, s + size) for s in starts]
         hidden = torch.cat([view[:, 1:] for view, _ in read], 1)
         last = torch.cat([last[:, None].expand(-1, size - 1, -1) for _, last in read], 1)
         torch.testing.assert_close(blocks.hidden, hidden, atol=1e-10, rtol=0)

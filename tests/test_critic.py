@@ -10,7 +10,7 @@ from critic import critic_loss, remask_score
 from decoding import decode_block, default_config
 from diffusion import critic_examples
 from noise import derive
-from sampler import Wavefront
+from filling import Wavefront
 
 
 def examples(model, iterations, seed=5, B=8, n_sequences=4):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import blank, masked_sequences, tiny_model
-from decoding import (DecoderConfig, Naive, blocks, decode_block, default_config, generate, linear_ratios,
+from decoding import (DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios,
                       positions_to_remask)
 from noise import ORDER, gumbel, uniform
-from sampler import Wavefront
+from filling import Naive, Wavefront
 
 
 @pytest.mark.parametrize('iterations, expected', [
@@ -318,3 +318,30 @@ def test_long_sequences_keep_given_text_and_fill_the_rest():
     assert decoded.passes == 3 * len(blocks(60, 24))
     assert (decoded.p_generated[:, 30:33] == 0).all() and (decoded.p_generated[free] > 0).all()
     assert torch.equal(decoded.x[1:], generate(model, x[1:], free[1:], config, [1]).x)
+
+
+# -----------------------------------------------------------------------------
+# work that nobody asks for
+
+def test_the_trunk_reads_the_sequences_that_have_masks():
+    """One sequence has nothing left to remask after the first pass; it is not read again, and the others are."""
+    model, rows = tiny_model(), []
+    model.register_forward_hook(lambda _, args, hidden: rows.append(len(hidden)))
+    _, xt, mask = masked_sequences()
+    mask[0] = torch.arange(24) < 4
+    decode_block(model, xt, mask, DecoderConfig(mask_ratios=(0.03, 0.5)), range(6), range(24))
+    assert rows[0] == 6 and rows[1] < 6 and len(rows) == 3
+
+
+@pytest.mark.parametrize('plan', ['blocks', 'left-to-right', 'interleaved'])
+@pytest.mark.parametrize('ratios', [(), (0.5, 0.3)])
+@pytest.mark.parametrize('order', ['critic', 'confidence'])
+def test_what_is_decoded_does_not_depend_on_who_listens(plan, ratios, order):
+    """Scores are made when something reads them: after every pass for a listener, else where remasking follows."""
+    model = tiny_model()
+    passes = 1 if plan == 'left-to-right' else 3
+    config = DecoderConfig(plan=plan, plan_passes=passes, mask_ratios=ratios, order=order)
+    alone = decode_block(model, *blank(model), config, range(3), range(24))
+    heard = decode_block(model, *blank(model), config, range(3), range(24), lambda step: None)
+    assert torch.equal(alone.x, heard.x)
+    torch.testing.assert_close(alone.p_generated, heard.p_generated, atol=1e-6, rtol=0)    # the critic's are float32

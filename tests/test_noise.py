@@ -1,4 +1,6 @@
 """Noise belongs to positions, seeds to the parts of a run, and sampling with it is exact."""
+import math
+
 import pytest
 import torch
 
@@ -63,3 +65,30 @@ def test_temperature_and_top_p_by_hand():
     assert sample(logits[:1], torch.tensor([1 - 2.0 ** -53])).item() == 2
     expected = torch.tensor([0.3, 0.2], dtype=torch.float64)
     torch.testing.assert_close(probability(logits[:2], torch.tensor([1, 2])), expected)
+
+
+def sample_in_float64(logits, u, temperature):
+    """The definition: everything in float64, one running sum over the vocabulary."""
+    cdf = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]
+
+
+@pytest.mark.parametrize('V', [2, 66, 1024, 1025, 3000])
+@pytest.mark.parametrize('temperature', [1.0, 0.3, 2.0])
+def test_sampling_is_that_of_one_running_sum_in_float64(V, temperature):
+    """Float32 weights and sums of groups: 1,000 draws, all the same; impossible tokens at both ends of a group too."""
+    logits = 3 * torch.randn(1000, V, generator=torch.Generator().manual_seed(V))
+    logits[:, ::7] = -torch.inf
+    logits[:, V - V // 5:] = -torch.inf
+    logits[:, 1] = 0
+    u = uniform(1, 0, [0], 0, range(1000))[0]
+    assert torch.equal(sample(logits, u, temperature), sample_in_float64(logits, u, temperature))
+
+
+@pytest.mark.parametrize('V', [100, 5000])
+def test_the_tail_is_drawn_as_often_as_it_is_likely(V):
+    """A token of probability 1e-9 has its 1e-9 of the random numbers: a running sum in float32 would lose it."""
+    logits = torch.zeros(1, V).fill_(-torch.inf)
+    logits[0, 0], logits[0, V - 2] = 0, math.log(1e-9)
+    u = torch.tensor([1 - 1.1e-9, 1 - 0.9e-9, 1 - 2.0 ** -53], dtype=torch.float64)
+    assert sample(logits.expand(3, -1), u).tolist() == [0, V - 2, V - 2]

@@ -1,14 +1,16 @@
 """Filling from left to right: training shows the head what decoding shows it, and decoding keeps its promises."""
 import pytest
 import torch
+import torch.nn.functional as F
 
-import sampler
+import filling
 from conftest import blank, masked_sequences, tiny_batch, tiny_model
 from decoding import DecoderConfig, decode_block
 from diffusion import forward_blocks
 from likelihood import log_likelihood
 from plans import make_plan
-from sampler import Wavefront, sampler_examples, sampler_loss
+from filling import Wavefront
+from sampler import sampler_examples, sampler_loss
 
 T = 24
 PLANS = [('left-to-right', 1), ('blocks', 3), ('fronts-5', 1)]
@@ -25,26 +27,28 @@ def config_of(name, passes, **changes):
 def shown_in_decoding(model, x, free, config):
     """What decode_block gives the head when it fills from left to right, and its text.
 
-    Returns {(sequence, position): (view, projected, around, state)} of each position's first time, and x (B, T).
+    Returns {(sequence, position): (view, projected, around, state)} of each position's first time, and x (B, T). The
+    view is logits, the state is as the features have it, and only neighbours on the left are there.
     """
-    found, at = {}, []
-    plain = sampler.gather_neighbors
+    found, at, plain = {}, [], Wavefront.fill_from_left
 
-    def gather(padded, sequences, positions, *rest):
-        at[:] = zip(sequences.tolist(), positions.tolist())
-        return plain(padded, sequences, positions, *rest)
+    def fill_from_left(self, xt, mask, hidden, last, lanes, *rest):
+        starts, ends = ([getattr(lane, name) for lane in lanes] for name in ('start', 'end'))
+        for t in range(1, max(end - start for start, end in zip(starts, ends))):    # the first is not the head's
+            at.append([(b, min(start + t, end - 1)) for b in range(len(xt)) for start, end in zip(starts, ends)])
+        return plain(self, xt, mask, hidden, last, lanes, *rest)
 
     def before_head(head, args):
-        hidden, projected, around, _, state = args
-        if state is not None:    # else it rescores
-            assert len(at) == len(state)
-            for n, place in enumerate(at):
-                found.setdefault(place, (hidden[n], projected[n], around[n], state[n]))
+        view, projected, around, _, from_state = args
+        if from_state is not None:    # else it rescores
+            for n, place in enumerate(at.pop(0)):
+                found.setdefault(place, (view[n], projected[n], around[n], from_state[n]))
     handle = model.sampler_head.register_forward_pre_hook(before_head)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, 'gather_neighbors', gather)
+        patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
         decoded = decode_block(model, x, free, config, range(len(x)), range(x.size(1)))
     handle.remove()
+    assert not at
     return found, decoded.x
 
 
@@ -60,10 +64,12 @@ def shown_in_training(model, text, passes, seed):
         sampler_loss(model.sampler_head, examples, model.wte.weight)
         handle.remove()
     hidden, projected, around, _, state = seen[0]
+    assert (around[examples.state_of >= 0, 2:] == model.mask_id).all(), 'nothing on the right'
+    view, state = F.linear(hidden, model.unembedding), model.sampler_head.state_proj(state)
     if passes > 1 and len(blocks.positions) != passes // 2 * (T // passes - 1):
         return {}    # blocks of another size
     first = text.numel() if passes > 1 else 0
-    return {((place - first) // T, place % T): (hidden[n], projected[n], around[n], state[n])
+    return {((place - first) // T, place % T): (view[n], projected[n], around[n, :2], state[n])
             for n, place in enumerate(examples.state_of.tolist()) if first <= place < first + text.numel()}
 
 
@@ -95,7 +101,8 @@ def test_states_equal_reading_token_by_token():
         state = torch.zeros(3, 8).double()
         for i in range(T):
             torch.testing.assert_close(states[:, i], state, atol=1e-12, rtol=0)
-            state = head.read(text[:, i], state, wte)
+            gates = F.linear(head.local.codes(wte, text[:, i]), head.reader.weight_ih_l0, head.reader.bias_ih_l0)
+            state = head.read(gates, F.linear(state, head.reader.weight_hh_l0, head.reader.bias_hh_l0), state)
         assert torch.equal(head.states(text[:, :1], wte), torch.zeros(3, 1, 8).double())
 
 
@@ -133,16 +140,15 @@ def test_states_are_those_of_the_finished_text_and_given_text_is_read(name, pass
     lanes = [lane for lanes in make_plan(name, T, passes).lanes for lane in lanes]
     compared, other = 0, 0
     with torch.no_grad():
-        whole = head.states(text, model.wte.weight)
+        whole = head.state_proj(head.states(text, model.wte.weight))
         for lane in lanes:
-            states = head.states(text[:, lane.read_from:lane.end], model.wte.weight)
+            states = head.state_proj(head.states(text[:, lane.read_from:lane.end], model.wte.weight))
             for b in range(3):
                 for i in range(lane.start + 1, lane.end):
                     _, _, around, state = found[b, i]
                     torch.testing.assert_close(state, states[b, i - lane.read_from], atol=1e-10, rtol=0)
                     compared, other = compared + 1, other + int((state - whole[b, i]).abs().max() > 1e-6)
-                    assert (around[2:] == model.mask_id).all(), 'nothing on the right'
-                    assert around[1] == text[b, i - 1]
+                    assert len(around) == 2 and around[1] == text[b, i - 1], 'nothing on the right'
     assert compared == 3 * (T - len(lanes))
     assert (other > 0) == name.startswith('fronts'), 'only a lane of its own has read less than the whole text'
 
@@ -194,7 +200,7 @@ def test_a_large_vocabulary_is_filled_alike_piece_by_piece(name, passes, monkeyp
     assert torch.equal(decode(), whole)
     monkeypatch.setattr('noise.MAX_LOGITS', 3 * 12)    # three positions at a time
     assert torch.equal(decode(), whole)
-    assert len(sampler.pieces(10, 12)) == 4, 'the limit has reached the decoder'
+    assert len(filling.pieces(10, 12)) == 4, 'the limit has reached the decoder'
 
 
 def test_views_of_earlier_blocks_are_kept():
@@ -218,8 +224,8 @@ def test_views_of_earlier_blocks_are_kept():
 
 def test_only_what_begins_from_nothing_is_drawn_at_temperature_one(monkeypatch):
     """The first position of a text; the first of a later block follows text, so it is drawn like the others."""
-    heats, plain = [], sampler.sample
-    monkeypatch.setattr(sampler, 'sample', lambda logits, u, heat, top_p: heats.append(heat) or plain(
+    heats, plain = [], filling.sample
+    monkeypatch.setattr(filling, 'sample', lambda logits, u, heat, top_p: heats.append(heat) or plain(
         logits, u, heat, top_p))
     model = tiny_model()
     decode_block(model, *blank(model), config_of('blocks', 2, temperature=0.5), range(3), range(T))

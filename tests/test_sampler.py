@@ -3,11 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import sampler
+import filling
 from conftest import blank, masked_sequences, tiny_model
 from decoding import DecoderConfig, decode_block
 from noise import sample, uniform
-from sampler import Wavefront, first_positions, gather_neighbors, known_neighbors, pad, wave_numbers
+from filling import Wavefront
+from sampler import first_positions, known_neighbors, pad, wave_numbers
 
 
 def plain_fill(model, xt, mask, hidden, u):
@@ -121,7 +122,8 @@ def test_a_changed_neighbour_changes_the_logits(offset):
     projected = model.sampler_head.local.hidden_proj(hidden)
 
     def logits(x):
-        return Wavefront(model).logits(pad(x, 2, model.mask_id), at, hidden, projected)
+        filler = Wavefront(model)
+        return filler.logits(filler.view(hidden), projected, filler.around(pad(x, 2, model.mask_id), at))
     changed, centre = x.clone(), x.clone()
     changed[0, 10 + offset] = (x[0, 10 + offset] + 1) % 11
     centre[0, 10] = (x[0, 10] + 1) % 11
@@ -136,13 +138,13 @@ def test_known_neighbors_are_what_filling_shows():
     seen = {}
     with torch.no_grad():
         hidden, filler = model(xt), Wavefront(model)
-        plain, offsets = filler.logits, model.sampler_head.local.offsets
+        plain, offsets = filler.around, model.sampler_head.local.offsets
 
-        def spy(x, at, *rest):
-            around = gather_neighbors(x, *at, offsets, 2)
+        def spy(x, at):
+            around = plain(x, at)
             seen.update({(b, i): around[n] for n, (b, i) in enumerate(zip(at[0].tolist(), at[1].tolist()))})
-            return plain(x, at, *rest)
-        filler.logits = spy
+            return around
+        filler.around = spy
         x, wave, _ = filler.fill(xt, mask, hidden, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
     first = mask & (wave == 0)
     around = known_neighbors(x, mask, first, *mask.nonzero(as_tuple=True), offsets, model.mask_id)
@@ -190,4 +192,4 @@ def test_a_large_vocabulary_is_filled_alike_piece_by_piece(monkeypatch):
     assert torch.equal(decode(), whole)
     monkeypatch.setattr('noise.MAX_LOGITS', 3 * 12)    # three positions at a time
     assert torch.equal(decode(), whole)
-    assert len(sampler.pieces(10, 12)) == 4, 'the limit has reached the decoder'
+    assert len(filling.pieces(10, 12)) == 4, 'the limit has reached the decoder'

@@ -5,7 +5,8 @@ import torch
 import diffusion
 from conftest import blank, tiny_batch, tiny_model
 from decoding import DecoderConfig, decode_block
-from sampler import Wavefront, gather_neighbors, sampler_examples
+from filling import Wavefront
+from sampler import sampler_examples
 
 
 def generator(seed):
@@ -136,7 +137,7 @@ def decoded_from_blank(model, B, dtype=None):
     position, and when it rescored it.
     """
     offsets = model.sampler_head.local.offsets
-    plain_fill, plain_logits = Wavefront.fill, Wavefront.logits
+    plain_fill, plain_around = Wavefront.fill, Wavefront.around
     filled = torch.full((B, 24, len(offsets)), -1)
     again, filling = filled.clone(), []
 
@@ -146,13 +147,13 @@ def decoded_from_blank(model, B, dtype=None):
         filling.clear()
         return result
 
-    def logits(self, padded, at, *rest):
-        (filled if filling else again)[at] = gather_neighbors(padded, *at, offsets, self.reach)
-        return plain_logits(self, padded, at, *rest)
+    def around(self, padded, at):
+        found = (filled if filling else again)[at] = plain_around(self, padded, at)
+        return found
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Wavefront, 'fill', fill)
-        patch.setattr(Wavefront, 'logits', logits)
+        patch.setattr(Wavefront, 'around', around)
         with torch.autocast('cpu', dtype or torch.bfloat16, enabled=dtype is not None):
             decode_block(model, *blank(model, B), DecoderConfig(mask_ratios=()), range(B), range(24), steps.append)
     assert (again >= 0).all()
@@ -206,12 +207,8 @@ def test_rescoring_in_training_sees_what_decoding_sees(monkeypatch):
     monkeypatch.setattr(torch, 'rand', lambda *size, generator=None: torch.zeros(size))    # shares below 0
     around = examples_of(model, batch, 4, 0).around[:24].view(2, 12, 4)
     seen = []
-    plain = Wavefront.logits
-
-    def logits(self, padded, at, *rest):
-        seen.append(gather_neighbors(padded, *at, self.head.local.offsets, self.reach))
-        return plain(self, padded, at, *rest)
-    monkeypatch.setattr(Wavefront, 'logits', logits)
+    plain = Wavefront.around
+    monkeypatch.setattr(Wavefront, 'around', lambda *args: seen.append(plain(*args)) or seen[-1])
     with torch.no_grad():
         Wavefront(model).rescore(batch.x0, batch.mask.nonzero(as_tuple=True), batch.hidden)
     rescored = torch.cat(seen).view(2, 12, 4)

@@ -1,0 +1,311 @@
+"""What training steps and decoding cost on this machine: one table, and bench.json with the ratios.
+
+    python bench.py --quick
+    python bench.py --checkpoint out-char-diffusion/ckpt.pt --nanogpt ../nanoGPT
+
+Rows run in turn after a warm-up, figures are medians, ratios are taken within each round: read ratios, not seconds,
+where the machine has other work. Settings of train.py may follow, as in --n_layer=2. Reference: nanoGPT, whose model.py
+can be compared (https://github.com/karpathy/nanoGPT).
+"""
+import environment    # before torch
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import torch
+
+import autoregressive
+import train
+from cache import CachedTrunk
+from checkpoint import load_model, require_generator
+from configurator import configure
+from corpus import write_atomically
+from decoding import default_config, generate
+from device import DTYPES, autocast, pick_device, pick_dtype
+from errors import InputError, run
+from filling import Naive, Wavefront
+from model import GPT, GPTConfig
+from timing import in_turn, machine, matmul_rate, medians, peak_memory, ratio
+
+RATIOS = {'stage2_over_stage1': ('stage 2', 'stage 1'), 'stage3_over_stage1': ('stage 3', 'stage 1'),
+          'stage1_over_nanogpt': ('stage 1', 'nanoGPT')}
+for B in (1, 32):
+    RATIOS |= {f'wavefront_over_naive_15_batch{B}': (f'wavefront 15, batch {B}', f'naive 15, batch {B}'),
+               f'few_over_naive_4_batch{B}': (f'wavefront 4, batch {B}', f'naive 4, batch {B}'),
+               f'revising_over_naive_15_batch{B}': (f'revising 15, batch {B}', f'naive 15, batch {B}'),
+               f'wavefront_over_cached_ar_batch{B}': (f'wavefront 15, batch {B}', f'autoregressive, batch {B}')}
+VOCAB_SIZE = 66    # of tiny Shakespeare, where there is no checkpoint
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--config', default='config/train_char_diffusion_sampler.py', help='size and batch')
+    parser.add_argument('--checkpoint', help='decode with these weights; default: random ones of the config\'s size')
+    parser.add_argument('--out-dir', default='.', help='where bench.json is written')
+    parser.add_argument('--quick', action='store_true',
+                        help='fewer rounds, no growth with batch and length, no revising at batch 32')
+    parser.add_argument('--nanogpt', help='nanoGPT\'s folder or model.py, for a comparison of training steps')
+    parser.add_argument('--rounds', type=int, help='of every row, after the warm-up; default 3 or, in full, 7')
+    parser.add_argument('--peak-of', help=argparse.SUPPRESS)    # run one row in this process, print its peak memory
+    args, settings = parser.parse_known_args()
+    args.rounds = args.rounds or (3 if args.quick else 7)
+    config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
+    config.device = pick_device(config.device)
+    config.dtype = pick_dtype(config.dtype, config.device)
+    if not os.path.isdir(args.out_dir):
+        raise InputError(f'--out-dir {args.out_dir!r} is no folder; make it first')
+    return args, config, settings
+
+
+# -----------------------------------------------------------------------------
+# training steps
+
+class Training:
+    """The step of train.py in one of its stages, on random text."""
+
+    def __init__(self, config, vocab_size, number):
+        self.config, self.number = config, number
+        quiet = SimpleNamespace(device=config.device, print0=lambda text: None)
+        self.state, self.objective = train.build(config, SimpleNamespace(meta={'vocab_size': vocab_size}), None, quiet)
+        self.state.start_iter = dict.fromkeys(self.state.start_iter, 0)
+        self.state.model.train()
+        train.choose_trainable(config, self.state.model, number)
+        self.x0 = torch.randint(vocab_size - 1, (config.batch_size, config.block_size)).to(config.device)
+        self.it = max(1, config.end_critic_iteration)
+
+    def __call__(self, clock):
+        self.it += 1
+        with clock('forward'), autocast(self.config.device, self.config.dtype):
+            losses = self.objective(self.x0, self.it, *train.rows_to_learn_from(self.config, self.number, 1))
+            loss = train.weighted(self.config, self.state.start_iter, self.it, losses)
+        with clock('backward'):
+            self.state.scaler.scale(loss).backward()
+        with clock('optimizer'):
+            train.update(self.config, self.state)
+
+
+class NanoGPT:
+    """A training step of nanoGPT's own model.py at the same shape, batch and precision."""
+
+    def __init__(self, path, config, vocab_size):
+        path = os.path.join(path, 'model.py') if os.path.isdir(path) else path
+        if not os.path.isfile(path):
+            raise InputError(f'--nanogpt {path!r} not found; wanted a clone of https://github.com/karpathy/nanoGPT')
+        spec = importlib.util.spec_from_file_location('nanogpt_model', path)
+        module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        shape = {name: getattr(config, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout')}
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = module.GPT(module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)).to(config.device)
+            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), config.device.split(':')[0])
+        self.config, ids = config, (config.batch_size, config.block_size + 1)
+        self.ids = torch.randint(vocab_size - 1, ids).to(config.device)
+
+    def __call__(self, clock):
+        with clock('forward'), autocast(self.config.device, self.config.dtype):
+            _, loss = self.model(self.ids[:, :-1], self.ids[:, 1:])
+        with clock('backward'):
+            loss.backward()
+        with clock('optimizer'):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float('inf'))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+def training_rows(args, config, vocab_size):
+    rows = {f'stage {n}': Training(config, vocab_size, n) for n in (1, 2, 3)}
+    if args.nanogpt:
+        rows['nanoGPT'] = NanoGPT(args.nanogpt, config, vocab_size)
+    return rows
+
+
+def model_flops(config, parameters):
+    """FLOP of a training step: 6 for each parameter of the trunk and token, and 12 L C T of attention (PaLM)."""
+    per_token = 6 * parameters + 12 * config.n_layer * config.n_embd * config.block_size
+    return per_token * config.batch_size * config.block_size
+
+
+# -----------------------------------------------------------------------------
+# decoding
+
+class Decoding:
+    """Text from nothing by masked diffusion, as sample_simple.py writes it."""
+
+    def __init__(self, model, config, B, length, decoder, iterations):
+        use_sampler, revising = decoder != 'naive', decoder == 'revising'
+        self.model, self.config, self.shape = model, config, (B, length)
+        self.decoder = default_config(model, iterations, use_sampler=use_sampler, revising=revising)
+        self.passes = self.steps = 0
+
+    def __call__(self, clock):
+        x = torch.full(self.shape, self.model.mask_id, device=self.config.device)
+        with autocast(self.config.device, self.config.dtype), parts_timed(clock):
+            decoded = generate(self.model, x, torch.ones_like(x, dtype=torch.bool), self.decoder, range(len(x)))
+        self.passes, self.steps = decoded.passes, decoded.waves
+
+
+class Autoregressive:
+    """Text from one token by the causal model of the same size with its key-value cache."""
+
+    def __init__(self, model, config, B, length):
+        self.model, self.config, self.length = model, config, length
+        self.first = torch.zeros(B, 1, dtype=torch.int64, device=config.device)
+        self.passes = self.steps = length - 1
+
+    def __call__(self, clock):
+        with autocast(self.config.device, self.config.dtype):
+            autoregressive.generate(self.model, self.first, self.length, range(len(self.first)), seed=1337)
+
+
+@contextlib.contextmanager
+def parts_timed(clock):
+    """Time of forward passes of the trunk, of filling and of rescoring, into a Clock."""
+    kept = []
+    for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'read', 'trunk'), (Naive, 'fill', 'filling'),
+                                (Wavefront, 'fill', 'filling'), (Wavefront, 'fill_from_left', 'filling'),
+                                (Naive, 'rescore', 'rescoring'), (Wavefront, 'rescore', 'rescoring')):
+        def timed(*args, plain=getattr(owner, method), part=part):
+            with clock(part):
+                return plain(*args)
+        kept.append((owner, method, getattr(owner, method)))
+        setattr(owner, method, timed)
+    try:
+        yield
+    finally:
+        for owner, method, plain in kept:
+            setattr(owner, method, plain)
+
+
+def models(args, config):
+    """The masked-diffusion model with its heads, and a causal one of the same trunk."""
+    torch.manual_seed(config.seed)
+    if args.checkpoint:
+        model, _, _ = load_model(args.checkpoint)
+        require_generator(model, args.checkpoint)
+    else:
+        shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+        model = GPT(GPTConfig(**shape | {'vocab_size': VOCAB_SIZE}))
+    causal = vars(model.config) | {'attention_type': 'causal', 'add_sampler_head': False, 'add_critic_head': False}
+    dtype = torch.float64 if config.dtype == 'float64' else torch.float32
+    return [m.to(config.device, dtype).eval() for m in (model, GPT(GPTConfig(**causal)))]
+
+
+def decoding_rows(args, config, model, causal):
+    """{name: row} at block length; in full, also growing batches, and lengths that take several blocks."""
+    T = model.config.block_size
+    rows = {}
+
+    def add(decoder, iterations, B, length=T):
+        at = '' if length == T else f', length {length}'
+        if decoder == 'autoregressive':
+            rows[f'autoregressive, batch {B}{at}'] = Autoregressive(causal, config, B, length)
+        else:
+            rows[f'{decoder} {iterations}, batch {B}{at}'] = Decoding(model, config, B, length, decoder, iterations)
+    for B in (1, 32):
+        for decoder, iterations in (('naive', 15), ('wavefront', 15), ('naive', 4), ('wavefront', 4),
+                                    ('autoregressive', 0), ('revising', 15)):
+            if not (args.quick and decoder == 'revising' and B > 1):    # the slowest row
+                add(decoder, iterations, B)
+    if not args.quick:
+        for B in (2, 4, 8, 16, 64):
+            for decoder in ('naive', 'wavefront', 'autoregressive'):
+                add(decoder, 15, B)
+        for length in (128, 512, 1024, 2048, 4096):
+            for decoder in ('naive', 'wavefront'):
+                if length != T:
+                    add(decoder, 15, 1, length)
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# table and file
+
+def peak_of(args, config, name):
+    """Print the bytes that one row takes over what the process had before: to be run in a process of its own."""
+    row = decoding_rows(args, config, *models(args, config))[name]
+    before = peak_memory(config.device)
+    in_turn({name: row}, 0, config.device)
+    print(peak_memory(config.device) - before)
+
+
+def peaks(args, settings, names):
+    """{name: bytes} of rows, each in a fresh process, for the peak of a process never falls."""
+    command = [sys.executable, os.path.abspath(__file__), '--config', args.config, *settings]
+    command += ['--checkpoint', args.checkpoint] if args.checkpoint else []
+    return {name: int(subprocess.run([*command, '--peak-of', name], check=True, capture_output=True, text=True).stdout)
+            for name in names}
+
+
+def summarize(rounds, rows, config, flops, rate):
+    """{name: figures} of every row: seconds of each part, tokens per second, utilisation or steps."""
+    summary = {}
+    for name, seconds in rounds.items():
+        figures, row = {'seconds': medians(seconds)}, rows[name]
+        total = figures['seconds']['total']
+        if isinstance(row, (Training, NanoGPT)):
+            figures['tokens_per_second'] = config.batch_size * config.block_size / total
+            figures['model_flop_utilisation'] = flops / total / rate
+        else:
+            figures |= {'passes': row.passes, 'steps': row.steps}
+        summary[name] = figures
+    return summary
+
+
+def table(result):
+    lines = [' · '.join(f'{k} {v}' for k, v in result['machine'].items()),
+             f'{result["rounds"]} rounds after the warm-up; medians', '']
+    for name, figures in result['rows'].items():
+        parts = ', '.join(f'{part} {s:.3f}' for part, s in figures['seconds'].items() if part != 'total')
+        line = f'{name:36} {figures["seconds"]["total"]:8.3f} s'
+        if 'steps' in figures:
+            line += f' {figures["passes"]:5} passes {figures["steps"]:6} steps'
+        else:
+            line += f' {figures["tokens_per_second"]:9,.0f} tokens/s {figures["model_flop_utilisation"]:6.1%} of peak'
+        lines.append(f'{line}   {parts}')
+    lines += ['', *(f'{name:40} {value:7.3f}' for name, value in result['ratios'].items() if value is not None)]
+    return '\n'.join(lines)
+
+
+def main():
+    args, config, settings = arguments()
+    if args.peak_of:
+        return peak_of(args, config, args.peak_of)
+    # 1. rows
+    model, causal = models(args, config)
+    trunk = sum(p.numel() for p in model.parts()['trunk'])
+    rate = matmul_rate(config.device, DTYPES[config.dtype])
+    result = {'machine': machine(config.device) | {'device': config.device, 'dtype': config.dtype},
+              'settings': vars(config), 'checkpoint': args.checkpoint, 'rounds': args.rounds,
+              'matmul_flop_per_second': rate}
+    training = training_rows(args, config, model.config.vocab_size)
+    decoding = decoding_rows(args, config, model, causal)
+
+    # 2. time, then memory
+    show = lambda name: print(f'\r{name:60}', end='', file=sys.stderr)
+    rounds = in_turn(training, args.rounds, config.device, show) | in_turn(decoding, args.rounds, config.device, show)
+    show('memory')
+    memory = peaks(args, settings, ['naive 15, batch 32', 'wavefront 15, batch 32'])
+    show('')
+
+    # 3. table and bench.json
+    result['rows'] = summarize(rounds, training | decoding, config, model_flops(config, trunk), rate)
+    result['peak_memory'] = memory
+    result['ratios'] = {name: ratio(rounds, *pair) for name, pair in RATIOS.items()}
+    naive, wavefront = memory['naive 15, batch 32'], memory['wavefront 15, batch 32']
+    result['ratios']['wavefront_over_naive_15_memory_batch32'] = wavefront / max(1, naive)
+    print('\n' + table(result))
+    path = os.path.join(args.out_dir, 'bench.json')
+    write_atomically(path, json.dumps(result, indent=2).encode())
+    print(f'saved {path}')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,97 @@
+"""The benchmark at a tiny size: every row and ratio is there, pairs are interleaved, nanoGPT's model.py fits in."""
+import json
+
+import pytest
+import torch
+
+import bench
+import timing
+from conftest import tiny_model
+from decoding import default_config, generate
+
+SIZE = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=16', '--batch_size=4', '--sampler_rows=4',
+        '--block_rows=2', '--critic_rows=1', '--device=cpu', '--dtype=float32', '--sampler_width=8',
+        '--sampler_state=8', '--sampler_context=2']
+NANOGPT = '''
+from dataclasses import dataclass
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets):
+        logits = F.linear(self.wte(idx), self.wte.weight)
+        return logits, F.cross_entropy(logits.transpose(1, 2), targets)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print('using fused AdamW')
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+'''
+
+
+def test_one_command_writes_every_ratio(script, tmp_path):
+    (tmp_path / 'model.py').write_text(NANOGPT)
+    status, out, err = script('bench.py', '--quick', '--rounds', 1, '--nanogpt', tmp_path, '--out-dir', tmp_path, *SIZE)
+    assert status == 0, err
+    result = json.loads((tmp_path / 'bench.json').read_text())
+    assert set(result['ratios']) == {*bench.RATIOS, 'wavefront_over_naive_15_memory_batch32'}
+    missing = {name for name, value in result['ratios'].items() if value is None}
+    assert missing == {'revising_over_naive_15_batch32'}, 'too slow for --quick'
+    assert all(value >= 0 for name, value in result['ratios'].items() if name not in missing)
+    rows = result['rows']
+    assert set(rows['stage 3']['seconds']) == {'total', 'forward', 'backward', 'optimizer'} == set(
+        rows['nanoGPT']['seconds'])
+    assert rows['wavefront 4, batch 32']['passes'] == 4 and rows['wavefront 4, batch 32']['steps'] == 16
+    assert rows['naive 15, batch 1']['steps'] == 15 and rows['autoregressive, batch 1']['passes'] == 15
+    assert {'trunk', 'filling'} <= set(rows['wavefront 15, batch 1']['seconds'])
+    assert 'stage 1' in out and 'few_over_naive_4_batch32' in out and 'torch' in out
+    assert 'using fused' not in out
+
+
+def test_rows_run_in_turn_and_warm_up_is_left_out():
+    order = []
+    rows = {name: lambda clock, name=name: order.append(name) for name in 'abc'}
+    found = timing.in_turn(rows, 2, 'cpu')
+    assert order == [*'abc', *'cba', *'abc'] and all(len(found[name]) == 2 for name in 'abc')
+
+
+def test_ratios_are_taken_within_rounds():
+    rounds = {'a': [{'total': 2.0}, {'total': 40.0}, {'total': 6.0}],
+              'b': [{'total': 1.0}, {'total': 10.0}, {'total': 3.0}]}
+    assert timing.ratio(rounds, 'a', 'b') == 2.0 and timing.ratio(rounds, 'a', 'c') is None
+    assert timing.medians(rounds['a']) == {'total': 6.0}
+
+
+def test_timing_parts_changes_no_token():
+    model, clock = tiny_model(), timing.Clock('cpu')
+    x = torch.full((2, 24), model.mask_id)
+
+    def decoded():
+        return generate(model, x, x == model.mask_id, default_config(model, 3), range(2)).x
+    plain = decoded()
+    with bench.parts_timed(clock):
+        assert torch.equal(decoded(), plain)
+    assert set(clock.seconds) == {'trunk', 'filling'}
+    assert torch.equal(decoded(), plain) and bench.Wavefront.fill.__name__ == 'fill'
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--out-dir', '/nowhere'], "--out-dir '/nowhere' is no folder"), (['--nanogpt', '/nowhere'], '--nanogpt'),
+    (['--n_layers=3'], 'n_layers')])
+def test_bad_input_is_one_line(script, arguments, message):
+    status, _, err = script('bench.py', *arguments, *SIZE[:-1])
+    assert status == 2 and message in err and err.count('\n') == 1

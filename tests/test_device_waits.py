@@ -1,0 +1,95 @@
+"""What a pass of decoding asks of a device: fixed shapes, and nothing that the host must wait for.
+
+Where a plan is followed, no shape and no branch depends on what was drawn, so a pass could be one CUDA graph.
+"""
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import blank, tiny_model
+from decoding import DecoderConfig, decode_block, default_config
+from filling import Wavefront
+
+T = 24
+WAITS = ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique', '_unique2', 'unique_dim', 'item', 'is_nonzero',
+         'bincount', 'equal', 'repeat_interleave.Tensor')
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations: waits are those whose result the host must see, or whose shape depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix('aten.')
+        by_mask = name.startswith('index') and len(args) > 1 and any(
+            getattr(i, 'dtype', None) == torch.bool for i in (args[1] if isinstance(args[1], (list, tuple)) else ()))
+        self.count['wait' if by_mask or name.startswith(WAITS) else name] += 1
+        return function(*args, **kwargs or {})
+
+    @property
+    def waits(self):
+        return self.count['wait']
+
+
+def calls(model, config, length=T):
+    with Calls() as found:
+        decode_block(model, *blank(model, 3, length), config, range(3), range(length))
+    return found
+
+
+def test_the_count_sees_what_waits():
+    x = torch.arange(4)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 1], lambda: (x > 1).nonzero(), lambda: x.unique(),
+                 lambda: bool(x.any()), lambda: x.masked_select(x > 1), lambda: x.bincount()):
+        with Calls() as found:
+            wait()
+        assert found.waits
+    with Calls() as found:
+        x[torch.tensor([0, 1])], x[1:], torch.where(x > 1, x, 0)
+    assert not found.waits
+
+
+@pytest.mark.parametrize('plan', ['blocks', 'left-to-right'])
+@pytest.mark.parametrize('max_tabled', [8192, 0])
+def test_a_pass_of_ancestral_decoding_waits_for_nothing(plan, max_tabled, monkeypatch):
+    """However many passes there are and however long the text is, the host waits equally often: before the first pass,
+    when the plan is made, and after the last one. A large vocabulary (no tables) too.
+    """
+    monkeypatch.setattr(Wavefront, 'max_tabled', max_tabled)
+    model = tiny_model()
+    passes = (1, 3, 12) if plan == 'blocks' else (1,)
+    waits = [calls(model, DecoderConfig(plan=plan, plan_passes=n, mask_ratios=()), length).waits
+             for n in passes for length in (12, T)]
+    assert len(set(waits)) == 1, waits
+
+
+def test_filling_from_left_to_right_never_waits():
+    model = tiny_model()
+    plain, found = Wavefront.fill_from_left, []
+
+    def fill_from_left(*args):
+        with Calls() as calls:
+            result = plain(*args)
+        found.append(calls.waits)
+        return result
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
+        decode_block(model, *blank(model), default_config(model, 4), range(3), range(T))
+    assert found == [0] * 4
+
+
+@pytest.mark.parametrize('max_tabled', [8192, 0])
+def test_a_step_is_few_operations(max_tabled, monkeypatch):
+    """Each further position costs a fixed number of kernels: half of what it took when indices were made on the way."""
+    monkeypatch.setattr(Wavefront, 'max_tabled', max_tabled)
+    views = ('view', '_unsafe_view', 'select', 'slice', 'split', 'unbind', 't.', 'transpose', 'unsqueeze', 'squeeze',
+             'expand', 'detach', 'alias', 'permute', '_reshape_alias', 'split_with_sizes', 'scalar_tensor')
+    config = DecoderConfig(plan='left-to-right', mask_ratios=())
+    kernels = [sum(n for name, n in calls(tiny_model(), config, length).count.items() if not name.startswith(views))
+               for length in (12, T)]
+    assert (kernels[1] - kernels[0]) / 12 <= 38
