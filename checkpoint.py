@@ -286,6 +286,7 @@ def load_for_resume(path, config, meta):
             raise InputError(f'{path!r} has {name}={saved["config"][name]}, this run {getattr(config, name)}, but its '
                              f'{part} head has been learning since iteration {saved["start_iter"][part]}; resume with '
                              f'the same, or use another out_dir')
+    settings.check_reached(config)
     return saved
 
 

@@ -68,7 +68,7 @@ def read(path, before, evaluated=True):
     """
     entries = []
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8', errors='replace') as f:
             for text in f:
                 try:
                     entry = json.loads(text)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 TOKENS, ORDER, POSITIONS, CORRECTIONS = range(4)    # streams of noise: one for each use
+COLD = 1e-6    # a temperature below it is 0: logits divided by it may not be finite
 MAX_LOGITS = 2 ** 23    # numbers in a piece of logits: 32 MB in float32, and some temporaries of twice that
 
 
@@ -60,11 +61,11 @@ def exact(x, device=None):
 def sample(logits, u, temperature=1.0, top_p=1.0):
     """Draw one token per position by inverting the cumulative distribution at u.
 
-    logits (N, V); u (N,) in (0, 1); temperature >= 0, 0 takes the likeliest; top_p in (0, 1] keeps the
+    logits (N, V); u (N,) in (0, 1); temperature >= 0, below COLD takes the likeliest; top_p in (0, 1] keeps the
     smallest set of likeliest tokens whose probabilities sum to top_p (Holtzman et al., arXiv:1904.09751).
     Returns ids (N,) int64.
     """
-    if temperature == 0:
+    if temperature < COLD:
         return logits.argmax(-1)
     prob = torch.softmax(exact(logits) / temperature, -1)
     if top_p < 1:

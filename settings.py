@@ -69,6 +69,8 @@ def check(config):
     """InputError names the first setting that is out of range, or those that cannot go together."""
     check_values(vars(config))
     check_together(config)
+    if config.init_from == 'scratch':    # else the checkpoint says more
+        check_reached(config)
 
 
 def check_values(values):
@@ -122,7 +124,7 @@ def check_together(c):
 
 
 def check_stages(c):
-    """A stage that begins before the one it needs, or never."""
+    """A stage that begins before the one it needs."""
     starts = {'sampler': c.start_sampler_iteration, 'critic': c.start_critic_iteration}
     if c.add_sampler_head and c.add_critic_head and starts['critic'] < starts['sampler']:
         raise InputError(f'start_critic_iteration={starts["critic"]} comes before start_sampler_iteration='
@@ -130,7 +132,12 @@ def check_stages(c):
     if c.add_critic_head and c.end_critic_iteration < starts['critic']:
         raise InputError(f'end_critic_iteration={c.end_critic_iteration} comes before start_critic_iteration='
                          f'{starts["critic"]}')
-    for head, start in starts.items():
+
+
+def check_reached(c):
+    """A stage that never begins."""
+    for head in ('sampler', 'critic'):
+        start = getattr(c, f'start_{head}_iteration')
         if getattr(c, f'add_{head}_head') and start > c.max_iters and not c.eval_only:
             raise InputError(f'start_{head}_iteration={start} is never reached, max_iters={c.max_iters}; wanted a '
                              f'larger max_iters, an earlier start, or add_{head}_head=False')

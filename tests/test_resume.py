@@ -158,7 +158,7 @@ def test_a_head_is_fitted_to_a_finished_model(train, tmp_path):
 
 def test_the_scalers_state_goes_on(train, tmp_path):
     """float16: the scale and the steps since it last changed are those of the run that was stopped."""
-    train(tmp_path, '--dtype=float16', '--max_iters=4', '--eval_interval=4')
+    train(tmp_path, '--dtype=float16', '--max_iters=4', '--eval_interval=4', '--start_critic_iteration=4')
     saved = checkpoint_in(tmp_path)
     assert saved['scaler']['_growth_tracker'] == 4
     saved['scaler']['scale'] = 512.0
