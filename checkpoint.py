@@ -204,7 +204,7 @@ def untrained_heads(saved):
     """Heads of a checkpoint that had not begun to learn when it was saved."""
     starts = saved.get('start_iter', {})
     return [head for head in ('sampler', 'critic') if saved['model_args'].get(f'add_{head}_head')
-            and isinstance(starts, dict) and starts.get(head, 0) >= saved['iter_num']]
+            and isinstance(starts, dict) and isinstance(starts.get(head), int) and starts[head] >= saved['iter_num']]
 
 
 def require_generator(model, path):

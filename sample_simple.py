@@ -299,7 +299,7 @@ def main():
           f'{"by wavefront" if config.use_sampler else "naively"}, {config.passes} iterations, {device}, {dtype}, '
           f'seed {args.seed}')
     for head in untrained_heads(saved):
-        print(f'note: the {head} head had not begun to learn; --disable-sampler decodes without it')
+        print(f'note: the {head} head had not begun to learn when this was saved; --disable-sampler decodes without it')
     if not free.any():
         print('note: --seed-text fills the sequence, nothing is left to generate')
 

@@ -129,16 +129,19 @@ def train(config, processes):
     writes = processes.master_process and not config.eval_only
     with locked(config.out_dir) if writes else nullcontext(), signals.noted() as stop:
         log = MetricsLog(config, saved) if processes.master_process else None
-        iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop)
+        ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop)
     if log:
         log.close()
-    if stop.number:
-        leave(128 + stop.number)
-        sys.exit(128 + stop.number)
+    if ended_by:
+        leave(128 + ended_by)
+        sys.exit(128 + ended_by)
 
 
 def iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop):
-    """The loop: for every iteration learning rate, evaluate and save, micro-steps, update, log."""
+    """The loop: for every iteration learning rate, evaluate and save, micro-steps, update, log.
+
+    Returns the number of the signal that ended it, 0 where it came to its end.
+    """
     state.model.train()
     current_stage, module, clock, since, start = 0, None, time.time(), state.iter_num, state.iter_num
     watch = Watch()
@@ -152,7 +155,8 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
         set_learning_rates(config, state, it)
 
         # with several processes all have to agree, which is worth a message in iterations with a log line alone
-        ending = processes.largest(stop.number) if processes.world == 1 or it % config.log_interval == 0 else 0
+        agree = it < config.max_iters and (processes.world == 1 or it % config.log_interval == 0)
+        ending = processes.largest(stop.number) if agree else 0
         evaluates = not ending and evaluation_is_due(config, it, saved)
         saves = it > start and (ending or save_is_due(config, it)) and not evaluates
         if evaluates or saves:
@@ -164,13 +168,13 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
                     save(config, state, corpus)
             clock, since = time.time(), it
         if ending:
-            stop.number = ending
             processes.print0(f'{signals.name_of(ending)} at iteration {it}; '
                              + (f'{state.saved} is saved; go on with: {signals.command_to_go_on("--init_from=resume")}'
                                 if state.saved else 'nothing was saved'))
-            processes.largest(0)    # nobody leaves before the first has saved
-        if ending or config.eval_only or it == config.max_iters:
-            break
+            processes.barrier()    # nobody leaves before the first has saved
+            return ending
+        if config.eval_only or it == config.max_iters:
+            return 0
 
         sums = {}
         for micro in range(micro_steps):

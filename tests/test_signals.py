@@ -8,8 +8,18 @@ import pytest
 
 import objectives
 import signals
-from conftest import TINY, checkpoint_in, metrics_in, same_weights
+from conftest import NO_HEADS, TINY, checkpoint_in, metrics_in, same_weights
 from model import GPT
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of a fresh process, whoever runs the tests; as they were afterwards."""
+    fresh = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in fresh.items()}
+    yield fresh
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def kill_in_step(patch, number, step):
@@ -25,8 +35,8 @@ def kill_in_step(patch, number, step):
 
 
 @pytest.mark.parametrize('number, step', [(signal.SIGINT, 3), (signal.SIGTERM, 6), (signal.SIGHUP, 11)])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(script, trained_once, toy_data, tmp_path, monkeypatch, number,
-                                                     step):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(script, trained_once, toy_data, tmp_path, monkeypatch,
+                                                     handlers, number, step):
     """In each stage, at the border of an evaluation too: weights and figures are the whole run's, bit for bit."""
     with monkeypatch.context() as patch:
         kill_in_step(patch, number, step)
@@ -42,7 +52,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(script, trained_once, toy_d
     def figures(out_dir):
         return [{k: v for k, v in entry.items() if k != 'ms'} for entry in metrics_in(out_dir)]
     assert figures(tmp_path) == figures(trained_once[0])
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), 'as before'
+    assert signal.getsignal(number) == handlers[number], 'as before'
+
+
+def test_a_signal_in_the_last_iteration_changes_nothing(script, toy_data, tmp_path, monkeypatch):
+    """The run is at its end: it evaluates and saves as ever."""
+    kill_in_step(monkeypatch, signal.SIGTERM, 2)
+    status, out, err = script('train.py', *TINY, *NO_HEADS, f'--data_dir={toy_data}', f'--out_dir={tmp_path}',
+                              '--max_iters=2')
+    assert status == 0 and 'iter 2: val' in out and checkpoint_in(tmp_path)['iter_num'] == 2, err
 
 
 def test_a_run_that_keeps_the_best_alone_is_saved_beside_it(script, toy_data, tmp_path, monkeypatch):
@@ -74,14 +92,11 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
     assert left == [143]
 
 
-def test_what_the_user_ignores_stays_ignored(monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with signals.noted() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.number
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_what_the_user_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals.noted() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.number
 
 
 def test_samples_that_are_done_are_shown_and_saved(script, trained_once, tmp_path, monkeypatch):
