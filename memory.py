@@ -35,9 +35,8 @@ def require(needed, device, what):
                          f'{found / 2 ** 30:,.1f} GiB; wanted smaller sizes')
 
 
-def of_model(config):
-    """Bytes of the weights and tables of a GPTConfig's model in float32."""
-    model = skeleton(config)
+def of_model(model):
+    """Bytes of the weights and tables of a model in float32."""
     return 4 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
 
 
@@ -49,6 +48,6 @@ def of_activations(config, tokens):
 def require_for_training(config, model_config, device, share):
     """InputError where weights, gradients, moments and the activations of a micro-step, or evaluation, do not fit."""
     tokens = config.batch_size // share * config.block_size
-    require(3 * of_model(model_config) + of_activations(config, tokens), device, 'the model with its optimizer and '
+    require(3 * of_model(skeleton(model_config)) + of_activations(config, tokens), device, 'the model with its optimizer and '
             f'micro-steps of {config.batch_size // share} x {config.block_size} tokens')
     require(8 * config.eval_rows * config.block_size, device, f'an evaluation with eval_rows={config.eval_rows}')

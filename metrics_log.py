@@ -23,14 +23,15 @@ class MetricsLog:
         if config.eval_only:    # leaves no trace
             self.path = None
             return
-        kept = read(self.path, saved['iter_num'], saved.get('evaluated', True)) if saved else []
-        write_atomically(self.path, ''.join(map(line, kept)).encode())
         if config.wandb_log:
             try:
                 import wandb
             except ImportError as error:
                 raise InputError('wandb_log=True needs Weights & Biases: pip install wandb') from error
             self.wandb = wandb
+        kept = read(self.path, saved['iter_num'], saved.get('evaluated', True)) if saved else []
+        write_atomically(self.path, ''.join(map(line, kept)).encode())
+        if self.wandb:
             wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
 
     def write(self, entry):

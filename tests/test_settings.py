@@ -1,5 +1,6 @@
 """The table of settings: complete, said once, and what contradicts itself or fits into no memory is named."""
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -51,10 +52,18 @@ def test_contradictions_and_sizes_are_one_line(train, refused, tmp_path, flags, 
     assert re.search(named, refused(tmp_path, *flags)) and not list(tmp_path.iterdir())
 
 
+def test_wandb_that_is_not_there_and_devices_that_are_not(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    assert 'pip install wandb' in refused(tmp_path, '--wandb_log=True')
+    for device in ('cpu:abc', 'cpu:1', 'cpu:', 'cuda:99', 'meta'):
+        assert f'device {device!r}' in refused(tmp_path, f'--device={device}')
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory_is_counted_without_taking_any():
     config = GPTConfig(vocab_size=12, block_size=24, n_layer=2, n_head=2, n_embd=16, add_sampler_head=True)
     whole = GPT(config)
-    assert memory.of_model(config) == 4 * sum(t.numel() for t in (*whole.parameters(), *whole.buffers()))
+    assert memory.of_model(memory.skeleton(config)) == 4 * sum(t.numel() for t in (*whole.parameters(), *whole.buffers()))
     assert all(p.device.type == 'meta' for p in memory.skeleton(config).parameters())
     with pytest.raises(InputError, match='a thing needs more than 1,000,000.0 GiB of memory, cpu has'):
         memory.require(10 ** 6 * 2 ** 30, 'cpu', 'a thing')
