@@ -74,7 +74,8 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
         prob = prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
     cdf = prob.cumsum(-1)
     # the first token at which the sum reaches u of the whole: one without probability never is it
-    return torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:])[:, 0]
+    ids = torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:])[:, 0]
+    return ids.clamp(max=logits.size(-1) - 1)    # of NaN it is beyond: training notices NaN later (finite.py)
 
 
 def probability(logits, ids):
