@@ -42,7 +42,7 @@ from settings import check, help_text
 out_dir = 'out'
 eval_interval = 250         # iterations between evaluations, each of which may save a checkpoint
 save_interval = 100         # iterations between checkpoints without an evaluation, to resume from; 0 is off
-stop_if_not_saved = False   # a checkpoint that cannot be written, as on a full disk, stops the run
+stop_on_full_disk = False   # a checkpoint that cannot be written, as on a full disk, stops the run
 log_interval = 10           # iterations between log lines
 eval_rows = 432             # validation sequences in an evaluation, and a third as many of the training split
 eval_only = False           # evaluate once and stop
@@ -353,7 +353,7 @@ def save(config, state, corpus, better=None):
         try:
             checkpoint.save(path, contents)
         except WriteError as error:
-            if config.stop_if_not_saved or state.iter_num == config.max_iters:
+            if config.stop_on_full_disk or state.iter_num == config.max_iters:
                 raise
             print(f'NOT SAVED: {error}; training goes on and saves again later', flush=True)
             return False

@@ -84,7 +84,7 @@ def test_training_goes_on_where_the_disk_is_full(train, tmp_path, disk):
     assert checkpoint_in(tmp_path, 'ckpt_best.pt')['best_val_loss'] == checkpoint_in(tmp_path)['best_val_loss']
 
 
-@pytest.mark.parametrize('flags, n', [(['--stop_if_not_saved=True'], 1), ([], 9)])
+@pytest.mark.parametrize('flags, n', [(['--stop_on_full_disk=True'], 1), ([], 9)])
 def test_a_full_disk_ends_the_run_where_it_is_told_or_at_the_end(refused, tmp_path, disk, flags, n):
     disk(n)
     assert 'No space left' in refused(tmp_path, *NO_HEADS, *flags)
