@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import zipfile
+from contextlib import suppress
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -110,6 +111,16 @@ def save(path, checkpoint):
     if a number in it is not finite; WriteError on a full disk."""
     require_finite(checkpoint, path)
     write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def save_where_due(config, checkpoint, better):
+    """Write checkpoint to each of paths_to_save, which are yielded when written; what ckpt.pt makes obsolete goes."""
+    for path in paths_to_save(config, better):
+        save(path, checkpoint)
+        yield path
+        if path == path_of(config):
+            with suppress(OSError):
+                os.remove(last_path_of(config))
 
 
 def load(path):
@@ -248,9 +259,14 @@ def open_for_run(config, meta):
 
 
 def path_to_resume(config):
-    """The latest of the checkpoints of a run, which may have been saved between two evaluations."""
+    """The latest of the checkpoints of a run, which may have been saved between two evaluations.
+
+    To evaluate, its own checkpoint: with always_save_checkpoint=False the best.
+    """
     paths = [path for path in (path_of(config), last_path_of(config)) if os.path.isfile(path)]
-    return max(paths, key=lambda path: load(path)['iter_num']) if len(paths) == 2 else (*paths, path_of(config))[0]
+    if len(paths) == 2 and not config.eval_only:
+        return max(paths, key=lambda path: load(path)['iter_num'])
+    return (*paths, path_of(config))[0]
 
 
 def load_for_resume(path, config, meta):

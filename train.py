@@ -349,16 +349,15 @@ def save(config, state, corpus, better=None):
     Where the disk is full that is said and training goes on, unless it was to stop or this was the last chance.
     """
     contents = checkpoint.contents(state, asdict(state.model.config), vars(config), corpus.meta, better is not None)
-    for path in checkpoint.paths_to_save(config, better):
-        try:
-            checkpoint.save(path, contents)
-        except WriteError as error:
-            if config.stop_on_full_disk or state.iter_num == config.max_iters:
-                raise
-            print(f'NOT SAVED: {error}; training goes on and saves again later', flush=True)
-            return False
-        state.saved = f'{path!r} of iteration {state.iter_num}'
-        print(f'saved {path}', flush=True)
+    try:
+        for path in checkpoint.save_where_due(config, contents, better):
+            state.saved = f'{path!r} of iteration {state.iter_num}'
+            print(f'saved {path}', flush=True)
+    except WriteError as error:
+        if config.stop_on_full_disk or state.iter_num == config.max_iters:
+            raise
+        print(f'NOT SAVED: {error}; training goes on and saves again later', flush=True)
+        return False
     return True
 
 

@@ -16,7 +16,8 @@ def python(code, **environ):
 
 def test_a_redirected_log_is_written_line_by_line():
     """It stayed empty for minutes and lost its last lines."""
-    done = python('import errors, os; errors.run(lambda: [print("a"), print("b", end=""), os._exit(0)])', PYTHONUNBUFFERED='')
+    code = 'import errors, os; errors.run(lambda: [print("a"), print("b", end=""), os._exit(0)])'
+    done = python(code, PYTHONUNBUFFERED='')
     assert done.stdout == 'a\n'
 
 
