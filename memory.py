@@ -48,6 +48,7 @@ def of_activations(config, tokens):
 def require_for_training(config, model_config, device, share):
     """InputError where weights, gradients, moments and the activations of a micro-step, or evaluation, do not fit."""
     tokens = config.batch_size // share * config.block_size
-    require(3 * of_model(skeleton(model_config)) + of_activations(config, tokens), device, 'the model with its optimizer and '
-            f'micro-steps of {config.batch_size // share} x {config.block_size} tokens')
+    needed = 3 * of_model(skeleton(model_config)) + of_activations(config, tokens)
+    require(needed, device, f'the model with its optimizer and micro-steps of {config.batch_size // share} x '
+                            f'{config.block_size} tokens')
     require(8 * config.eval_rows * config.block_size, device, f'an evaluation with eval_rows={config.eval_rows}')

@@ -65,12 +65,12 @@ def read(path):
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
     try:
-        entries = metrics_log.read(file, math.inf)
+        entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
         fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
                    for k, v in entry.items() if k != 'split')
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file!r} cannot be read as metrics ({type(error).__name__}); wanted the metrics.jsonl '
-                         f'that train.py writes') from error
+    except OSError as error:
+        raise InputError(f'cannot read {file!r}: {error.strerror}; wanted the metrics.jsonl that train.py '
+                         f'writes') from error
     if not entries or not fine:
         raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
                          f'metrics.jsonl that train.py writes')

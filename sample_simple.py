@@ -35,8 +35,8 @@ SCHEMA = 2    # of the file that --save writes
 RANGES = {
     'num_samples': COUNTS, 'sequence_length': Range(0, COUNTS.high), 'batch_size': COUNTS,
     'seed': Range(-1, SEEDS.high), 'iterations': Range(1, 10 ** 5), 'plan_passes': Range(1, 10 ** 5),
-    'temperature': Range(0), 'end_temperature': Range(0), 'top_p': Range(1e-6, 1), 'start_ratio': SHARES, 'end_ratio': SHARES,
-    'threshold': Range(1e-6, 1), 'corrections': Range(0, 10 ** 4), 'correction_ratio': SHARES,
+    'temperature': Range(0), 'end_temperature': Range(0), 'top_p': Range(1e-6, 1), 'start_ratio': SHARES,
+    'end_ratio': SHARES, 'threshold': Range(1e-6, 1), 'corrections': Range(0, 10 ** 4), 'correction_ratio': SHARES,
     'randomness_strength': Range(0, 10 ** 6)}
 
 
