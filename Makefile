@@ -1,9 +1,10 @@
-# make demo: train on the machine at hand and sample with and without the sampler head; make test: run the tests
+# make demo: train on the machine at hand and sample with and without the sampler head; make test: run the tests;
+# make test-all: the slow ones too
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/ready
 	test -f out-char-diffusion/ckpt.pt || $(BIN)/python train.py config/train_char_diffusion_sampler.py
@@ -12,6 +13,9 @@ demo: .venv/ready
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto
+
+test-all: .venv/ready-dev
+	$(BIN)/python -m pytest -n auto -m ""
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -27,12 +27,13 @@ import train
 from cache import CachedTrunk
 from checkpoint import load_model, require_generator
 from configurator import configure
-from corpus import write_atomically
 from decoding import default_config, generate
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
+from files import write_atomically
 from filling import Naive, Wavefront
 from model import GPT, GPTConfig
+from settings import check
 from timing import in_turn, machine, matmul_rate, medians, peak_memory, ratio
 
 RATIOS = {'stage2_over_stage1': ('stage 2', 'stage 1'), 'stage3_over_stage1': ('stage 3', 'stage 1'),
@@ -58,6 +59,7 @@ def arguments():
     args, settings = parser.parse_known_args()
     args.rounds = args.rounds or (3 if args.quick else 7)
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
+    check(config)
     config.device = pick_device(config.device)
     config.dtype = pick_dtype(config.dtype, config.device)
     if not os.path.isdir(args.out_dir):
@@ -74,7 +76,8 @@ class Training:
     def __init__(self, config, vocab_size, number):
         self.config, self.number = config, number
         quiet = SimpleNamespace(device=config.device, print0=lambda text: None)
-        self.state, self.objective = train.build(config, SimpleNamespace(meta={'vocab_size': vocab_size}), None, quiet)
+        self.state, self.objective = train.build(config, SimpleNamespace(meta={'vocab_size': vocab_size}), None, quiet,
+                                                  share=1)
         self.state.start_iter = dict.fromkeys(self.state.start_iter, 0)
         self.state.model.train()
         train.choose_trainable(config, self.state.model, number)

@@ -1,22 +1,38 @@
 """Checkpoints: a plain dict in one file, written whole or not at all, loaded without executing anything in it.
 
 Keys: model_args (the fields of GPTConfig), model, optimizer, scaler, start_iter (the iteration at which each part began
-to learn), iter_num, best_val_loss, config (every setting of the run), corpus (vocabulary and source), commit. No random
-states: randomness is a function of seed and iteration.
+to learn), iter_num, evaluated (whether the evaluation of that iteration is done), best_val_loss, config (every setting
+of the run), corpus (vocabulary and source), commit. No random states: randomness is a function of seed and iteration.
+
+A checkpoint is a file from a stranger. Every script loads it by load_model or load_for_resume, which check the
+checksums in the file, the fields and their types, the shapes of all weights before memory is taken for any, and that
+every number is finite.
 """
 import os
 import pickle
 import subprocess
+import zipfile
+from contextlib import suppress
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
 
-from corpus import Tokenizer
-from errors import InputError
+import memory
+import settings
+from configurator import checked
+from corpus import Tokenizer, check_meta
+from errors import InputError, within
+from files import write_atomically
+from finite import require_finite
 from model import GPT, GPTConfig
 
-REQUIRED = {'model_args', 'model', 'iter_num', 'config', 'corpus'}
-REQUIRED_TO_RESUME = {'optimizer', 'scaler', 'start_iter', 'best_val_loss'}
+FIELDS = {'model_args': dict, 'model': dict, 'iter_num': int, 'config': dict, 'corpus': dict}
+FIELDS_TO_RESUME = {'optimizer': dict, 'scaler': dict, 'start_iter': dict, 'best_val_loss': float}
+MOMENTS = {'Muon': {'momentum_buffer'}, 'AdamW': {'step', 'exp_avg', 'exp_avg_sq'}}
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# what validation figures depend on besides the text: with another one they do not compare
+YARDSTICK = ('seed', 'eval_rows', 'generator_checkpoint')
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'attention_type', 'model_mode')
 HEAD_SHAPE = ('sampler_context', 'sampler_width', 'sampler_state')
 
@@ -33,6 +49,11 @@ def best_path_of(config):
     return os.path.join(config.out_dir, f'{stem_of(config)}_best.pt')
 
 
+def last_path_of(config):
+    """Where a run that keeps only the best as its checkpoint saves between evaluations."""
+    return os.path.join(config.out_dir, f'{stem_of(config)}_last.pt')
+
+
 def stem_of(config):
     return config.checkpoint_name.removesuffix('.pt')
 
@@ -43,15 +64,18 @@ def metrics_path(config):
 
 
 def paths_to_save(config, better):
-    """Where the present state goes. The best comes first: a kill between the two leaves nothing stale."""
+    """Where the present state goes. better: than every evaluation before, None where it has not been evaluated.
+
+    The best comes first: a kill between the two leaves nothing stale.
+    """
     if not config.always_save_checkpoint:
-        return [path_of(config)] if better else []
+        return [last_path_of(config)] if better is None else [path_of(config)] if better else []
     return [best_path_of(config), path_of(config)] if better else [path_of(config)]
 
 
 def refuse_to_replace(path, config):
     """InputError where a run from scratch would replace a checkpoint, unless it may."""
-    for found in filter(os.path.exists, (path, best_path_of(config))):
+    for found in filter(os.path.exists, (path, best_path_of(config), last_path_of(config))):
         if not (config.overwrite or config.eval_only):
             raise InputError(f'{found!r} exists and a new run would replace it; go on with --init_from=resume, choose '
                              f'another --out_dir, or replace it with --overwrite=True')
@@ -63,12 +87,13 @@ def refuse_to_replace(path, config):
 # -----------------------------------------------------------------------------
 # saving and loading
 
-def contents(state, model_args, config, corpus):
+def contents(state, model_args, config, corpus, evaluated):
     """The dict to save for a train.State."""
     optimizer = {part: [o.state_dict() for o in group] for part, group in state.optimizers.items()}
     return {'model_args': model_args, 'model': state.model.state_dict(), 'optimizer': optimizer,
             'scaler': state.scaler.state_dict(), 'start_iter': state.start_iter, 'iter_num': state.iter_num,
-            'best_val_loss': state.best_val_loss, 'config': config, 'corpus': corpus, 'commit': commit()}
+            'evaluated': evaluated, 'best_val_loss': state.best_val_loss, 'config': config, 'corpus': corpus,
+            'commit': commit()}
 
 
 def commit():
@@ -82,16 +107,20 @@ def commit():
 
 
 def save(path, checkpoint):
-    """Write checkpoint to path through a temporary file: a kill at any instant leaves the previous one whole."""
-    part = f'{path}.part'
-    try:
-        with open(part, 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f'cannot write {path!r}: {error.strerror}') from error
+    """Write checkpoint to path: a kill at any instant leaves the previous one whole. InputError, and nothing written,
+    if a number in it is not finite; WriteError on a full disk."""
+    require_finite(checkpoint, path)
+    write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def save_where_due(config, checkpoint, better):
+    """Write checkpoint to each of paths_to_save, which are yielded when written; what ckpt.pt makes obsolete goes."""
+    for path in paths_to_save(config, better):
+        save(path, checkpoint)
+        yield path
+        if path == path_of(config):
+            with suppress(OSError):
+                os.remove(last_path_of(config))
 
 
 def load(path):
@@ -100,42 +129,94 @@ def load(path):
         raise InputError(f'no checkpoint {path!r}; train one with '
                          f'python train.py config/train_char_diffusion_sampler.py')
     try:
+        check_bytes(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f'{path!r} is no checkpoint of this project: it holds more than tensors and plain values, '
                          f'or is damaged') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except InputError:
+        raise
+    except Exception as error:    # torch lets whatever the bytes lead to through
         raise InputError(f'{path!r} is damaged or no checkpoint ({type(error).__name__}); train again, '
                          f'or give another --checkpoint-name') from error
-    require(checkpoint, REQUIRED, path)
+    require(checkpoint, FIELDS, path)
     return checkpoint
 
 
-def require(checkpoint, keys, path):
-    """InputError unless checkpoint is a dict that has the keys."""
-    missing = keys - set(checkpoint) if isinstance(checkpoint, dict) else keys
+def check_bytes(path):
+    """InputError unless the parts of the file have the checksums that it gives, and no part is larger than the file."""
+    if not zipfile.is_zipfile(path):
+        return    # torch.load says what it is
+    with zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
+            raise InputError(f'{path!r} would be larger in memory than it is; wanted a checkpoint that train.py wrote')
+        damaged = parts.testzip()
+    if damaged:
+        raise InputError(f'{path!r} is damaged: {damaged!r} in it does not have its checksum; train again, or give '
+                         f'another --checkpoint-name')
+
+
+def require(found, wanted, path):
+    """InputError unless found is a dict that has the wanted keys, {name: type}, a bool being no int."""
+    missing = set(wanted) - set(found) if isinstance(found, dict) else set(wanted)
     if missing:
         raise InputError(f'{path!r} lacks {", ".join(sorted(missing))}; wanted a checkpoint that train.py wrote')
+    for name, kind in wanted.items():
+        if not isinstance(found[name], kind) or kind is int and (isinstance(found[name], bool) or found[name] < 0):
+            raise InputError(f'{path!r}: {name} is {repr(found[name])[:60]}, wanted {kind.__name__}'
+                             + ', at least 0' * (kind is int))
 
 
-def build(checkpoint, path):
-    """The model of a checkpoint, in evaluation mode on the CPU. InputError if arguments and weights do not fit."""
-    unknown = set(checkpoint['model_args']) - {f.name for f in fields(GPTConfig)}
-    if unknown:
-        raise InputError(f'{path!r} has model_args that this version does not know: {", ".join(sorted(unknown))}')
-    model = GPT(GPTConfig(**checkpoint['model_args']))
-    try:
-        model.load_state_dict(checkpoint['model'])
-    except RuntimeError as error:
-        raise InputError(f'{path!r}: model_args and weights do not fit together: '
-                         f'{str(error).splitlines()[-1].strip()}') from error
-    return model.eval()
+def model_config(saved, path):
+    """The GPTConfig of a checkpoint, checked like settings, and its weights against it: nothing large is made before.
+
+    InputError if a size is absurd, if arguments and weights do not fit, or if a weight is not finite.
+    """
+    defaults = {f.name: f.default for f in fields(GPTConfig)}
+    place = f'{path!r} (model_args)'
+    args = {name: checked(defaults, name, value, place) for name, value in saved['model_args'].items()}
+    with within(repr(path)):
+        settings.check_values(args)
+        settings.check_shape(SimpleNamespace(**defaults | args))
+        check_meta(saved['corpus'])
+    config = GPTConfig(**args)
+    if saved['corpus']['vocab_size'] != config.vocab_size:
+        raise InputError(f'{path!r} has vocab_size={config.vocab_size}, its corpus {saved["corpus"]["vocab_size"]}')
+    expected = memory.skeleton(config)
+    memory.require(memory.of_model(expected), 'cpu', repr(path))
+    check_weights(saved['model'], expected.state_dict(), path)
+    require_finite(saved['model'], path)
+    return config
+
+
+def check_weights(weights, expected, path):
+    """InputError unless weights are whole tensors of the expected names and shapes, {name: tensor}."""
+    wrong = [name for name in (*expected, *(name for name in weights if name not in expected))
+             if name not in weights or name not in expected or not fits(weights[name], expected[name].shape)]
+    if wrong:
+        raise InputError(f'{path!r}: model_args and weights do not fit together: {wrong[0]} and {len(wrong) - 1} other '
+                         f'weights are missing, unknown or of another shape')
+
+
+def fits(tensor, shape):
+    """Whether it is a plain tensor of the shape that has memory of its own for every number."""
+    return isinstance(tensor, torch.Tensor) and tensor.shape == shape and tensor.dtype in FLOATS \
+        and tensor.layout is torch.strided and tensor.device.type == 'cpu' and tensor.is_contiguous()
 
 
 def load_model(path):
-    """Model, tokenizer and the whole checkpoint at path."""
-    checkpoint = load(path)
-    return build(checkpoint, path), Tokenizer(checkpoint['corpus']), checkpoint
+    """Model, in evaluation mode on the CPU, tokenizer and the whole checkpoint at path."""
+    saved = load(path)
+    model = GPT(model_config(saved, path))
+    model.load_state_dict(saved['model'])
+    return model.eval(), Tokenizer(saved['corpus']), saved
+
+
+def untrained_heads(saved):
+    """Heads of a checkpoint that had not begun to learn when it was saved."""
+    starts = saved.get('start_iter', {})
+    return [head for head in ('sampler', 'critic') if saved['model_args'].get(f'add_{head}_head')
+            and isinstance(starts, dict) and isinstance(starts.get(head), int) and starts[head] >= saved['iter_num']]
 
 
 def require_generator(model, path):
@@ -166,14 +247,43 @@ def load_generator(path, corpus, block_size):
 # -----------------------------------------------------------------------------
 # resuming
 
-def load_for_resume(path, config):
-    """Checkpoint at path, checked against the settings of this run; heads alone may be missing in it."""
+def open_for_run(config, meta):
+    """The checkpoint that a run goes on from, None for one from scratch. InputError where it would lose one.
+
+    meta: of the corpus.
+    """
+    if config.init_from != 'resume':
+        refuse_to_replace(path_of(config), config)
+        return None
+    return load_for_resume(path_to_resume(config), config, meta)
+
+
+def path_to_resume(config):
+    """The latest of the checkpoints of a run, which may have been saved between two evaluations.
+
+    To evaluate, its own checkpoint: with always_save_checkpoint=False the best.
+    """
+    paths = [path for path in (path_of(config), last_path_of(config)) if os.path.isfile(path)]
+    if len(paths) == 2 and not config.eval_only:
+        return max(paths, key=lambda path: load(path)['iter_num'])
+    return (*paths, path_of(config))[0]
+
+
+def load_for_resume(path, config, meta):
+    """Checkpoint at path, checked against the settings and the corpus of this run; heads alone may be missing in it."""
     saved = load(path)
-    require(saved, REQUIRED_TO_RESUME, path)
+    require(saved, FIELDS_TO_RESUME, path)
     args = saved['model_args']
-    require(args, {f.name for f in fields(GPTConfig)}, f'{path} (model_args)')
-    require(saved['start_iter'], {'trunk', 'sampler', 'critic'}, f'{path} (start_iter)')
-    require(saved['config'], {'dtype', 'start_sampler_iteration', 'start_critic_iteration'}, f'{path} (config)')
+    require(args, {f.name: object for f in fields(GPTConfig)}, f'{path} (model_args)')
+    require(saved['start_iter'], {'trunk': int, 'sampler': int, 'critic': int}, f'{path} (start_iter)')
+    require(saved['config'], {'dtype': str, 'start_sampler_iteration': int, 'start_critic_iteration': int},
+            f'{path} (config)')
+    model_config(saved, path)
+    require_finite(saved['optimizer'], path)
+    if saved['best_val_loss'] != saved['best_val_loss']:
+        raise InputError(f'{path!r}: best_val_loss is nan, wanted a number')
+    require_same_vocabulary(saved['corpus'], path, meta)
+    require_same_yardstick(saved, path, config, meta)
     for name in SHAPE + HEAD_SHAPE + ('add_sampler_head', 'add_critic_head'):
         if not hasattr(config, name):
             continue    # vocab_size: compared by the corpus
@@ -193,6 +303,7 @@ def load_for_resume(path, config):
             raise InputError(f'{path!r} has {name}={saved["config"][name]}, this run {getattr(config, name)}, but its '
                              f'{part} head has been learning since iteration {saved["start_iter"][part]}; resume with '
                              f'the same, or use another out_dir')
+    settings.check_reached(config)
     return saved
 
 
@@ -201,18 +312,46 @@ def fresh_heads(saved, names=('sampler', 'critic')):
     return [head for head in names if not saved['model_args'][f'add_{head}_head']]
 
 
-def load_weights(model, saved, path):
-    """Put the weights of a checkpoint into model; returns the heads of model that it lacks, which stay fresh."""
-    fresh = [head for head in fresh_heads(saved) if head in model.parts()]
-    expected = {k for k in model.state_dict() if not any(k.startswith(f'{head}_head') for head in fresh)}
-    weights = saved['model']
-    wrong = sorted(k for k in expected | set(weights)
-                   if k not in weights or k not in expected or weights[k].shape != model.state_dict()[k].shape)
-    if wrong:
-        raise InputError(f'{path!r} does not fit its own model_args: {wrong[0]} and {len(wrong) - 1} other weights are '
-                         f'missing, unknown or of another shape; it cannot be resumed')
-    model.load_state_dict(weights, strict=False)
+def restore(state, saved, asked_for, path):
+    """Put a checkpoint into a fresh train.State: weights, optimizers, scaler, counters.
+
+    asked_for {part: iteration at which it is to begin}. Returns the heads that the checkpoint lacks, which stay fresh.
+    """
+    fresh = [head for head in fresh_heads(saved) if head in state.model.parts()]
+    state.model.load_state_dict(saved['model'], strict=False)
+    state.iter_num, state.best_val_loss = saved['iter_num'], saved['best_val_loss']
+    state.start_iter = resumed_start_iter(asked_for, saved)
+    state.saved = f'{path!r} of iteration {saved["iter_num"]}'
+    try:
+        load_optimizers(state.optimizers, saved)
+        if saved['scaler']:    # empty unless that run was in float16
+            state.scaler.load_state_dict(saved['scaler'])
+            float(saved['scaler']['scale'])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise InputError(f'{path!r}: its optimizer or scaler does not fit its model ({type(error).__name__}); it '
+                         f'cannot be resumed') from error
     return fresh
+
+
+def require_same_yardstick(saved, path, config, meta):
+    """InputError where validation figures of this run would not compare with the checkpoint's best, unless that is
+    given up: best_val_loss then begins anew."""
+    pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in YARDSTICK]
+    pairs.append(('the text', saved['corpus']['sha256'][:8], meta['sha256'][:8]))
+    differing = [f'{name} {old!r}, this run {new!r}' for name, old, new in pairs if old != new]
+    if differing and not (config.overwrite or config.eval_only):
+        raise InputError(f'{path!r} has {"; ".join(differing)}: validation would not compare with its best; resume '
+                         f'with the same, or begin a new best with --overwrite=True, which replaces '
+                         f'{best_path_of(config) if config.always_save_checkpoint else path_of(config)!r}')
+    if differing:
+        saved['best_val_loss'] = float('inf')
+
+
+def changed_settings(saved, config):
+    """Settings that a resumed run changes, as 'name old -> new'."""
+    where = ('init_from', 'overwrite', 'eval_only', 'device', 'dtype', 'out_dir', 'data_dir')
+    return [f'{name} {saved["config"][name]} -> {new}' for name, new in vars(config).items()
+            if name not in where and name in saved['config'] and saved['config'][name] != new]
 
 
 def resumed_start_iter(asked_for, saved):
@@ -226,10 +365,21 @@ def resumed_start_iter(asked_for, saved):
 
 
 def load_optimizers(optimizers, saved):
-    """Put saved optimizer states into {part: [optimizer]}; settings such as weight decay stay those of this run."""
+    """Put saved optimizer states into {part: [optimizer]}; settings such as weight decay stay those of this run.
+
+    ValueError for moments of another shape than their weight's.
+    """
     for part, states in saved['optimizer'].items():
-        for optimizer, state in zip(optimizers.get(part, []), states):
-            settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+        for optimizer, state in zip(optimizers.get(part, []), states, strict=part in optimizers):
+            settings_now = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-            for group, values in zip(optimizer.param_groups, settings):
+            for group, values in zip(optimizer.param_groups, settings_now):
                 group.update(values)
+            for p, moments in optimizer.state.items():
+                if set(moments) != MOMENTS[type(optimizer).__name__] or any(
+                        moment.shape != p.shape for name, moment in moments.items() if name != 'step'):
+                    raise ValueError(f'moments of a weight of {part}')
+    missing = {part for part, start in saved['start_iter'].items()
+               if part in optimizers and part not in saved['optimizer'] and part not in fresh_heads(saved)}
+    if missing:
+        raise ValueError(f'no optimizer state of {missing}')

@@ -9,13 +9,17 @@ import json
 import os
 import urllib.error
 import urllib.request
+import zlib
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, within
+from files import make_folder, require_file, write_atomically
 
 DATA_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 BPE_SIZE = 50257    # GPT-2's vocabulary, https://github.com/openai/tiktoken
+META = {'name': str, 'kind': str, 'chars': list, 'vocab_size': int, 'source': str, 'sha256': str,
+        'train_tokens': int, 'val_tokens': int, 'train_chars': int, 'val_chars': int}
 
 
 class DownloadError(InputError):
@@ -73,9 +77,10 @@ def gpt2_encoding():
 # preparing
 
 def read_text(path):
-    """Text of a UTF-8 file. InputError if there is none or it is not text."""
+    """Text of a UTF-8 file, without a byte-order mark. InputError if there is none or it is not text."""
+    require_file(path, 'a UTF-8 text file')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             text = f.read()
     except OSError as error:
         raise InputError(f'cannot read {path!r}: {error.strerror}; wanted a UTF-8 text file') from error
@@ -101,10 +106,11 @@ def download(url, path, sha256, timeout=10):
     return read_text(path)
 
 
-def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR):
+def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR, overwrite=False):
     """Write the corpus data_dir/name from text and print its counts.
 
-    kind 'char' (vocabulary: the characters of text) or 'gpt2'. InputError if text cannot be a corpus.
+    kind 'char' (vocabulary: the characters of text) or 'gpt2'. InputError if text cannot be a corpus, or would replace
+    one of another text, unless it may overwrite it.
     """
     if not text:
         raise InputError(f'{source} is empty; wanted some text, a few hundred thousand characters to be useful')
@@ -115,44 +121,85 @@ def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR):
         raise InputError(f'{source} has {len(chars)} distinct characters; wanted at most 65535')
     meta = {'name': name, 'kind': kind, 'chars': chars, 'vocab_size': (len(chars) or BPE_SIZE) + 1, 'source': source,
             'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    folder = os.path.join(data_dir, name)
+    path = os.path.join(folder, 'meta.json')
+    if os.path.exists(path) and not overwrite and read_meta(path, name)['sha256'] != meta['sha256']:
+        raise InputError(f'{folder!r} holds a corpus of another text, on which checkpoints may rest; give another '
+                         f'name, or replace it with --overwrite')
     tokenizer = Tokenizer(meta)
     cut = int(0.9 * len(text))
     splits = {'train': text[:cut], 'val': text[cut:]}
-    folder = os.path.join(data_dir, name)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     print(f'{name}: {len(text):,} characters from {source}')
     for split, part in splits.items():
         ids = np.array(tokenizer.encode(part), np.uint16)
         meta[f'{split}_tokens'], meta[f'{split}_chars'] = len(ids), len(part)
+        meta[f'{split}_crc32'] = zlib.crc32(ids)
         write_atomically(os.path.join(folder, f'{split}.bin'), ids.tobytes())
         print(f'{split}.bin: {len(ids):,} tokens')
     print(f'vocabulary: {meta["vocab_size"]:,} with [MASK]')
-    write_atomically(os.path.join(folder, 'meta.json'), json.dumps(meta).encode())
-
-
-def make_folder(path):
-    """Make a folder for results. InputError where that cannot be."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'cannot write {path!r}: {error.strerror}; wanted a folder that can be written') from error
-
-
-def write_atomically(path, data):
-    """Write bytes so that path is the old file or the whole new one, never a part."""
-    part = f'{path}.{os.getpid()}.part'
-    try:
-        with open(part, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f'cannot write {path!r}: {error.strerror}; wanted a folder that can be written') from error
+    write_atomically(path, json.dumps(meta).encode())
 
 
 # -----------------------------------------------------------------------------
 # reading
+
+def read_meta(path, name):
+    """The checked meta.json of the corpus name."""
+    if not os.path.isfile(path):
+        raise InputError(f'no corpus {name!r} in {os.path.dirname(os.path.dirname(path))}; prepare one with '
+                         f'python data/text_char/prepare.py FILE --name {name}')
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f'{path!r} is damaged ({type(error).__name__}); delete the folder and prepare the corpus '
+                         f'again') from error
+    with within(repr(path)):
+        check_meta(meta)
+    return meta
+
+
+def check_meta(meta):
+    """InputError unless meta, of a folder or a checkpoint, has every field of a corpus, and vocabulary and size fit."""
+    if not isinstance(meta, dict):
+        raise InputError(f'the corpus is a {type(meta).__name__}, wanted a dict')
+    wrong = [name for name, kind in META.items() if type(meta.get(name)) is not kind]
+    if wrong:
+        raise InputError(f'{wrong[0]} of the corpus is {repr(meta.get(wrong[0]))[:40]}, wanted '
+                         f'{META[wrong[0]].__name__}; prepare it again')
+    chars, size = meta['chars'], meta['vocab_size']
+    if meta['kind'] not in ('char', 'gpt2'):
+        raise InputError(f'kind of the corpus is {meta["kind"]!r}, wanted char or gpt2')
+    if meta['kind'] == 'char' and not (all(isinstance(c, str) and len(c) == 1 for c in chars)
+                                       and len(set(chars)) == len(chars) == size - 1 >= 1):
+        raise InputError(f'the corpus has {len(chars)} characters and vocab_size={size}, wanted as many distinct '
+                         f'characters as tokens but for [MASK]')
+    if not 2 <= size <= 2 ** 16 or min(meta[name] for name, kind in META.items() if kind is int) < 0:
+        raise InputError(f'the corpus has vocab_size={size}, wanted 2 to {2 ** 16}, and counts of at least 0')
+
+
+def read_ids(path, split, meta):
+    """Ids of a split, a memory map (n,) uint16. InputError if the file is not what meta says."""
+    again = 'delete the folder\'s files and prepare it again'
+    require_file(path, f'the {split} split of corpus {meta["name"]!r}; {again}')
+    found = os.path.getsize(path)
+    if found != 2 * meta[f'{split}_tokens']:
+        raise InputError(f'{split}.bin of {meta["name"]!r} has {found / 2:g} tokens, meta.json says '
+                         f'{meta[f"{split}_tokens"]}; {again}')
+    if not found:
+        return np.zeros(0, np.uint16)
+    try:
+        ids = np.memmap(path, np.uint16, 'r')
+    except OSError as error:
+        raise InputError(f'cannot read {path!r}: {error.strerror}; {again}') from error
+    if ids.max() >= meta['vocab_size'] - 1:
+        raise InputError(f'{split}.bin of {meta["name"]!r} holds id {ids.max()}, wanted ids below '
+                         f'{meta["vocab_size"] - 1}; {again}')
+    if meta.get(f'{split}_crc32', zlib.crc32(ids)) != zlib.crc32(ids):
+        raise InputError(f'{split}.bin of {meta["name"]!r} is damaged: it does not have its checksum; {again}')
+    return ids
+
 
 class Corpus:
     """A prepared corpus: meta, tokenizer, and random or fixed rows of its splits.
@@ -162,19 +209,10 @@ class Corpus:
 
     def __init__(self, name, data_dir=DATA_DIR):
         folder = os.path.join(data_dir, name)
-        if not os.path.exists(os.path.join(folder, 'meta.json')):
-            raise InputError(f'no corpus {name!r} in {data_dir}; prepare one with '
-                             f'python data/text_char/prepare.py FILE --name {name}')
-        with open(os.path.join(folder, 'meta.json')) as f:
-            self.meta = json.load(f)
+        self.meta = read_meta(os.path.join(folder, 'meta.json'), name)
         self.tokenizer = Tokenizer(self.meta)
-        self.splits = {}
-        for split in ('train', 'val'):
-            ids = np.memmap(os.path.join(folder, f'{split}.bin'), np.uint16, 'r')
-            if len(ids) != self.meta[f'{split}_tokens']:
-                raise InputError(f'{split}.bin of {name!r} has {len(ids)} tokens, meta.json says '
-                                 f'{self.meta[f"{split}_tokens"]}; delete the folder\'s files and prepare it again')
-            self.splits[split] = ids
+        self.splits = {split: read_ids(os.path.join(folder, f'{split}.bin'), split, self.meta)
+                       for split in ('train', 'val')}
 
     @property
     def chars_per_token(self):

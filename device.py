@@ -16,7 +16,9 @@ def pick_device(name):
     found = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
         return next(device for device, available in found.items() if available)
-    if not found.get(name.split(':')[0], False):
+    kind, colon, number = name.partition(':')
+    count = torch.cuda.device_count() if kind == 'cuda' else 1
+    if not found.get(kind, False) or colon and not (number.isdecimal() and int(number) < count):
         available = ', '.join(device for device in found if found[device])
         raise InputError(f'device {name!r} is not available, wanted auto or one of {available}')
     return name

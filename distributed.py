@@ -63,13 +63,26 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
-    def close(self):
+    def largest(self, number):
+        """The largest of the processes' ints, in all of them."""
+        if self.world == 1:
+            return number
+        values = torch.tensor(number, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
         if self.world > 1:
+            if kind is None:
+                dist.barrier()    # the first may still be saving, and gloo aborts when the others leave
             dist.destroy_process_group()
 
 
-def leave():
-    """End a process of several with status 0, past the interpreter's finalization.
+def leave(status=0):
+    """End a process of several, past the interpreter's finalization.
 
     A thread of gloo, which outlives destroy_process_group after DistributedDataParallel, may still hold the last work;
     it then asks for the interpreter's lock, which finalization no longer gives, and aborts the process, in one run of
@@ -78,7 +91,7 @@ def leave():
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def without_sync(module, last):

@@ -1,18 +1,39 @@
 """What a user can get wrong: one exception, shown as one line on standard error with exit status 2."""
+import io
 import os
 import sys
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """Bad input: the message says what was found, what was wanted, and which command helps."""
 
 
+class WriteError(InputError):
+    """A file cannot be written, as on a full disk; later it may."""
+
+
+@contextmanager
+def within(place):
+    """An InputError says where: within('ckpt.pt') puts the name before the message."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f'{place}: {error}') from error
+
+
 def run(main):
-    """Call main(); an InputError becomes one line and exit status 2, Ctrl-C becomes status 130."""
+    """Call main(); an InputError becomes one line and exit status 2, Ctrl-C becomes status 130.
+
+    Output is written line by line; a character that the terminal's encoding lacks shows as its number.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
         main()
     except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:    # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

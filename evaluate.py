@@ -29,15 +29,18 @@ import decoding
 import diffusion
 import likelihood_table
 import report
+import signals
 from checkpoint import load_model, require_generator, require_same_vocabulary
-from corpus import DATA_DIR, Corpus, make_folder, write_atomically
+from corpus import DATA_DIR, Corpus
 from decoding import DecoderConfig, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
+from files import make_folder, write_atomically
 from judge import Judge
 from metrics import Reference, describe
 from ngram import NGram
 from plans import ANY_PASSES
+from settings import SEEDS, Range, check_range
 
 BATCH = 32    # samples decoded at a time
 EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
@@ -151,6 +154,7 @@ class Evaluation:
         self.seed, self.n = args.seed, args.num_samples
         self.load_models(args)
         self.length = min(self.model.config.block_size, self.evaluator.config.block_size + 1)
+        self.corpus.check(max(self.length, self.model.config.block_size))
 
     def open(self, args):
         """The results so far, the real text that samples are compared with, and the n-gram evaluator."""
@@ -250,13 +254,16 @@ class Evaluation:
         if self.device.startswith('cuda'):
             torch.cuda.synchronize()
 
-    def run(self, settings, progress):
-        """Measure the settings that are not measured yet, and keep each as soon as it is."""
+    def run(self, settings, progress, stop):
+        """Measure the settings that are not measured yet, and keep each as soon as it is; end where stop says so."""
         todo = [setting for setting in settings if setting.key not in self.result['settings']]
         bar = tqdm(todo, unit='setting', disable=not progress)
         for decoder in dict.fromkeys(setting.decoder for setting in todo):    # the first call of a kind is slow
             self.decode(next(s for s in todo if s.decoder == decoder), range(1))
         for setting in bar:
+            if stop.number:
+                print(f'{signals.name_of(stop.number)}: what is measured is kept, the same command goes on with it')
+                sys.exit(128 + stop.number)
             bar.set_description(setting.key)
             batches = [range(i, min(i + self.batch, self.n)) for i in range(0, self.n, self.batch)]
             decoded = [self.decode(setting, sequences) for sequences in batches]
@@ -284,8 +291,11 @@ def same_identity(path, identity):
     try:
         with open(path) as f:
             result = json.load(f)
-        before = result['identity']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before = dict(result['identity'])
+        whole = all({'curve', 'measures', 'temperature'} <= set(entry) for entry in result['settings'].values())
+        if not whole or not isinstance(result['reference'], dict):
+            raise ValueError('damaged')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f'{path!r} cannot be read as results; give another --out-dir, or --overwrite') from error
     differing = [f'{name} {before.get(name)}, now {now}' for name, now in identity.items() if before.get(name) != now]
     if differing:
@@ -323,10 +333,10 @@ def arguments():
     args.decoders = names(args.decoders) or chosen['decoders']
     args.passes = numbers(args.passes, int, 'passes') or chosen['passes']
     args.temperatures = numbers(args.temperatures, float, 'temperatures') or chosen['temperatures']
-    if args.num_samples < 2:
-        raise InputError(f'--num-samples is {args.num_samples}, wanted at least 2')
-    if args.seed < 0:
-        raise InputError(f'--seed is {args.seed}, wanted at least 0')
+    check_range(f'--num-samples is {args.num_samples}', args.num_samples, Range(2, 2 ** 20))
+    check_range(f'--seed is {args.seed}', args.seed, SEEDS)
+    for value in args.passes:
+        check_range(f'--passes has {value}', value, Range(1, 10 ** 5))
     return args
 
 
@@ -378,7 +388,8 @@ def main():
     decoders = usable_decoders(args, evaluation.model)
     settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick)
     evaluation.measure_reference()
-    evaluation.run(settings, progress)
+    with signals.noted('this setting') as stop:
+        evaluation.run(settings, progress, stop)
     report.write(evaluation.result, [setting.key for setting in settings], args.out_dir)
 
 

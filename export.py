@@ -36,7 +36,7 @@ def main():
         raise InputError(f'{args.file!r} exists; wanted a new name')
     saved = checkpoint.load(args.checkpoint)
     small = exported(saved)
-    checkpoint.build(small, args.checkpoint)    # weights that fit
+    checkpoint.model_config(small, args.checkpoint)    # weights that fit
     checkpoint.save(args.file, small)
     print(f'saved {args.file}: iteration {saved["iter_num"]}, {os.path.getsize(args.file) / 1e6:.1f} MB, from '
           f'{os.path.getsize(args.checkpoint) / 1e6:.1f} MB')

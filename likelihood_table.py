@@ -15,8 +15,8 @@ from tqdm import tqdm
 import autoregressive
 import decoding
 import diffusion
-from corpus import make_folder, write_atomically
 from device import autocast
+from files import make_folder, write_atomically
 from filling import Wavefront
 from likelihood import log_likelihood
 from metrics import mean_error

@@ -1,40 +1,51 @@
-"""metrics.jsonl: every figure of a run, one JSON object a line, and Weights & Biases where it is asked for."""
+"""metrics.jsonl: every figure of a run, one JSON object a line, and Weights & Biases where it is asked for.
+
+Strict JSON: a figure that is not a number, such as the rank correlation of constant scores, is null.
+"""
 import json
+import math
 import os
 
 import checkpoint
-from corpus import write_atomically
 from errors import InputError
+from files import write_atomically
 
 
 class MetricsLog:
     """Appends entries {'iter': ..., 'split': 'train' or 'val' if of an evaluation, figures}.
 
-    A run from scratch begins the file anew; one resumed at iteration resumed_at keeps what came before that and leaves
-    out what it will write again. InputError where the file cannot be written.
+    A run from scratch begins the file anew; one resumed from the checkpoint saved keeps what came before that and
+    leaves out what it will write again. InputError where the file cannot be written.
     """
 
-    def __init__(self, config, resumed_at=None):
+    def __init__(self, config, saved=None):
         self.path, self.wandb = checkpoint.metrics_path(config), None
         if config.eval_only:    # leaves no trace
             self.path = None
             return
-        try:
-            os.makedirs(config.out_dir, exist_ok=True)
-            kept = read(self.path, resumed_at) if resumed_at is not None else []
-            write_atomically(self.path, ''.join(json.dumps(entry) + '\n' for entry in kept).encode())
-        except OSError as error:
-            raise InputError(f'cannot write out_dir {config.out_dir!r}: {error.strerror}') from error
         if config.wandb_log:
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise InputError('wandb_log=True needs Weights & Biases: pip install wandb') from error
             self.wandb = wandb
+        kept = read(self.path, saved['iter_num'], saved.get('evaluated', True)) if saved else []
+        write_atomically(self.path, ''.join(map(line, kept)).encode())
+        if self.wandb:
             wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
 
     def write(self, entry):
+        """Append an entry whole or, on a full disk, not at all, which is said; the run goes on."""
         if self.path is None:
             return
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(entry) + '\n')
+        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        try:
+            with open(self.path, 'a') as f:
+                f.write(line(entry))
+        except OSError as error:
+            print(f'cannot write {self.path!r}: {error.strerror}; figures of iteration {entry["iter"]} are lost')
+            if os.path.exists(self.path):
+                os.truncate(self.path, size)
         if self.wandb:
             group = entry.get('split', 'batch')    # figures of one name are of three kinds
             figures = {f'{group}/{k}': v for k, v in entry.items() if k not in ('iter', 'split')}
@@ -45,14 +56,25 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def read(path, before):
-    """Entries before an iteration, evaluations at it too; a torn line, left by a kill, is dropped."""
+def line(entry):
+    """An entry as a line of strict JSON."""
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return json.dumps(values, allow_nan=False) + '\n'
+
+
+def read(path, before, evaluated=True):
+    """Entries before an iteration, and its evaluation if it was evaluated; figures that are null are left out.
+
+    A torn line, left by a kill, and what else is no entry are dropped.
+    """
     entries = []
     if os.path.exists(path):
-        with open(path) as f:
-            for line in f:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for text in f:
                 try:
-                    entries.append(json.loads(line))
-                except json.JSONDecodeError:
-                    pass
-    return [e for e in entries if e['iter'] < before or e['iter'] == before and 'split' in e]
+                    entry = json.loads(text)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(entry, dict) and type(entry.get('iter')) is int:
+                    entries.append({k: v for k, v in entry.items() if v is not None})
+    return [e for e in entries if e['iter'] < before or evaluated and e['iter'] == before and 'split' in e]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 TOKENS, ORDER, POSITIONS, CORRECTIONS = range(4)    # streams of noise: one for each use
+COLD = 1e-6    # a temperature below it is 0: logits divided by it may not be finite
 GROUP = 256    # tokens whose weights are summed before the running sum of a large vocabulary
 MAX_LOGITS = 2 ** 23    # numbers in a piece of logits: 32 MB in float32, and some temporaries of twice that
 
@@ -62,11 +63,11 @@ def exact(x, device=None):
 def sample(logits, u, temperature=1.0, top_p=1.0):
     """Draw one token per position by inverting the cumulative distribution at u.
 
-    logits (N, V); u (N,) in (0, 1); temperature >= 0, 0 takes the likeliest; top_p in (0, 1] keeps the
+    logits (N, V); u (N,) in (0, 1); temperature >= 0, below COLD takes the likeliest; top_p in (0, 1] keeps the
     smallest set of likeliest tokens whose probabilities sum to top_p (Holtzman et al., arXiv:1904.09751).
     Returns ids (N,) int64.
     """
-    if temperature == 0:
+    if temperature < COLD:
         return logits.argmax(-1)
     if top_p == 1:
         # rounded in float32, a weight is as exact as its logit; what loses the tail is a sum in float32
@@ -89,13 +90,14 @@ def invert(weight, u):
         weight = F.pad(weight, (0, -V % GROUP)).unflatten(-1, (-1, GROUP))
         sums = weight.sum(-1, dtype=dtype).cumsum(-1)
         target = u * sums[:, -1:]
-        group = torch.searchsorted(sums, target)
+        group = torch.searchsorted(sums, target).clamp(max=sums.size(1) - 1)
         target = target - F.pad(sums, (1, 0)).gather(1, group)
         sums = weight[torch.arange(N, device=weight.device), group[:, 0]].cumsum(-1, dtype=dtype)
         target = target.minimum(sums[:, -1:])    # the two sums are rounded differently
-        return torch.searchsorted(sums, target)[:, 0] + group[:, 0] * GROUP
+        return (torch.searchsorted(sums, target)[:, 0] + group[:, 0] * GROUP).clamp(max=V - 1)
     sums = weight.cumsum(-1, dtype=dtype)
-    return torch.searchsorted(sums, u * sums[:, -1:])[:, 0]
+    ids = torch.searchsorted(sums, u * sums[:, -1:])[:, 0]
+    return ids.clamp(max=V - 1)    # of NaN it is beyond: training notices NaN later (finite.py)
 
 
 def probability(logits, ids):

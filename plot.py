@@ -26,6 +26,7 @@ PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('sampler',), 'sampler lo
           (('nelbo', 'nll'), 'NELBO (autoregressive: NLL), nats per token', 'evaluation'),
           (('learning_rate',), 'learning rate', 'batch'), (('ms',), 'milliseconds per iteration', 'smoothed'))
 STYLES = {'val': '-', 'train': '--'}
+LARGEST = 1e30    # of any figure: beyond, there is nothing to draw
 BORDERS = {'sampler': '-.', 'critic': ':'}
 
 
@@ -40,6 +41,8 @@ def arguments():
 def main():
     args = arguments()
     stem = args.output.removesuffix('.png').removesuffix('.svg')
+    if not os.path.basename(stem):
+        raise InputError(f'-o {args.output!r}, wanted a name, such as curves')
     runs = {path: read(path) for path in args.runs}
     plt.style.use('tableau-colorblind10')
     figure = draw(runs)
@@ -62,11 +65,12 @@ def read(path):
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
     try:
-        entries = metrics_log.read(file, math.inf)
-        fine = all(isinstance(v, (int, float)) for entry in entries for k, v in entry.items() if k != 'split')
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file!r} cannot be read as metrics ({type(error).__name__}); wanted the metrics.jsonl '
-                         f'that train.py writes') from error
+        entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
+        fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
+                   for k, v in entry.items() if k != 'split')
+    except OSError as error:
+        raise InputError(f'cannot read {file!r}: {error.strerror}; wanted the metrics.jsonl that train.py '
+                         f'writes') from error
     if not entries or not fine:
         raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
                          f'metrics.jsonl that train.py writes')

@@ -9,7 +9,7 @@ import json
 import math
 import os
 
-from corpus import write_atomically
+from files import write_atomically
 from metrics import jackknife_error
 
 # real text's diversity. A wider band would let a decoder buy likelihood with repetition: four passes gained 0.14 nats

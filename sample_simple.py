@@ -19,16 +19,25 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, require_generator, require_same_vocabulary
-from corpus import write_atomically
+import memory
+import signals
+from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from decoding import blocks, default_config, default_ratios, generate, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
+from files import write_atomically
 from judge import Judge
 from noise import POSITIONS, uniform
 from plans import ANY_PASSES, ONE_PASS, check_plan
+from settings import COUNTS, SEEDS, SHARES, Range, check_range
 
 SCHEMA = 2    # of the file that --save writes
+RANGES = {
+    'num_samples': COUNTS, 'sequence_length': Range(0, COUNTS.high), 'batch_size': COUNTS,
+    'seed': Range(-1, SEEDS.high), 'iterations': Range(1, 10 ** 5), 'plan_passes': Range(1, 10 ** 5),
+    'temperature': Range(0), 'end_temperature': Range(0), 'top_p': Range(1e-6, 1), 'start_ratio': SHARES,
+    'end_ratio': SHARES, 'threshold': Range(1e-6, 1), 'corrections': Range(0, 10 ** 4), 'correction_ratio': SHARES,
+    'randomness_strength': Range(0, 10 ** 6)}
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -93,15 +102,10 @@ def ratios(text):
 
 def check(args):
     """InputError for a value out of range; settles what depends on another flag."""
-    for name, low, high in (('num_samples', 1, None), ('sequence_length', 0, None), ('batch_size', 1, None),
-                            ('iterations', 1, None), ('temperature', 0, None), ('end_temperature', 0, None),
-                            ('top_p', 1e-6, 1), ('start_ratio', 0, 1), ('end_ratio', 0, 1), ('threshold', 1e-6, 1),
-                            ('corrections', 0, None), ('correction_ratio', 0, 1), ('randomness_strength', 0, None),
-                            ('plan_passes', 1, None), ('seed', -1, None)):
+    for name, wanted in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not (value >= low and (high is None or value <= high)):
-            wanted = f'at least {low}' if high is None else f'{low} to {high}'
-            raise InputError(f'--{name.replace("_", "-")} is {value}, wanted {wanted}')
+        if value is not None:
+            check_range(f'--{name.replace("_", "-")} is {value}', value, wanted)
     if args.masking_ratios is not None:
         if not all(0 <= r <= 1 for r in args.masking_ratios):
             raise InputError(f'--masking-ratios has {args.masking_ratios}, wanted numbers in [0, 1]')
@@ -117,8 +121,8 @@ def check(args):
         args.threshold = 0.9 if args.threshold is None else args.threshold
     elif args.threshold is not None:
         raise InputError('--threshold needs --schedule-mode threshold')
-    if args.save and not os.path.isdir(os.path.dirname(args.save) or '.'):
-        raise InputError(f'--save {args.save!r}: no folder {os.path.dirname(args.save)!r}')
+    if args.save is not None:
+        check_save(args.save)
     if args.judge_checkpoint_name and args.quality_metric is None:
         args.quality_metric = 'judge'
     if (args.quality_metric == 'judge') != bool(args.judge_checkpoint_name):
@@ -128,6 +132,22 @@ def check(args):
     if args.seed == -1:
         args.seed = secrets.randbelow(2 ** 31)
         print(f'seed: {args.seed}')
+
+
+def check_save(path):
+    """InputError unless samples may be written to path: a name, a device, or a file that --save wrote."""
+    if not os.path.isdir(os.path.dirname(path) or '.'):
+        raise InputError(f'--save {path!r}: no folder {os.path.dirname(path)!r}')
+    if not path or os.path.isdir(path):
+        raise InputError(f'--save {path!r}, wanted the name of a file, such as samples.json')
+    if os.path.isfile(path) and os.path.getsize(path):
+        try:
+            with open(path, 'rb') as f:
+                found = f.read(9)
+        except OSError as error:
+            raise InputError(f'--save {path!r}: {error.strerror}') from error
+        if found != b'{"schema"':
+            raise InputError(f'--save {path!r} would replace a file that --save did not write; give another name')
 
 
 def decoder_config(args, model, path):
@@ -192,11 +212,15 @@ def load_judge(args, corpus, device):
     return Judge(model.to(device), path, saved['corpus'])
 
 
-class Progress:
-    """Shows every pass on a bar or in lines and keeps it for --save."""
+class Stopped(Exception):
+    """A signal came: the batch at hand is given up."""
 
-    def __init__(self, args, tokenizer, total):
-        self.args, self.tokenizer = args, tokenizer
+
+class Progress:
+    """Shows every pass on a bar or in lines, keeps it for --save, and ends with Stopped after a signal."""
+
+    def __init__(self, args, tokenizer, total, stop):
+        self.args, self.tokenizer, self.stop = args, tokenizer, stop
         self.lines = not args.no_progress and not sys.stderr.isatty()
         self.bar = tqdm(total=total, unit='pass', disable=args.no_progress or self.lines)
         self.history = []
@@ -206,6 +230,8 @@ class Progress:
         self.history += [[] for _ in sequences]
 
     def __call__(self, step):
+        if self.stop.number:
+            raise Stopped
         self.bar.update()
         if self.lines:
             print(f'samples {self.sequences[0]}-{self.sequences[-1]}, from token {step["start"]}, pass '
@@ -224,13 +250,20 @@ class Progress:
 
 
 def decode(args, model, x, free, config, device, dtype, progress):
-    """Decode in batches: tokens (lists), the critic's mean chance that each is real, forward passes, waves."""
+    """Decode in batches: tokens (lists), the critic's mean chance that each is real, forward passes, waves.
+
+    Where a signal comes, those of the batches that are done.
+    """
     tokens, p_real, passes, waves = [], [], 0, 0
     for start in range(0, args.num_samples, args.batch_size):
         part = slice(start, min(start + args.batch_size, args.num_samples))
         progress.begin(range(part.start, part.stop))
-        with autocast(device, dtype):
-            decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences, progress)
+        try:
+            with autocast(device, dtype):
+                decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences,
+                                   progress)
+        except Stopped:
+            break
         tokens += decoded.x.tolist()
         if decoded.p_generated is not None:
             n_free = free[part].sum(1).clamp(min=1)
@@ -256,34 +289,45 @@ def main():
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
     length = args.sequence_length or model.config.block_size
+    if judge and not judge.is_scorer and length < 2:
+        raise InputError('--sequence-length is 1, and a causal judge scores what follows the first token; wanted 2')
+    memory.require(17 * args.num_samples * length + memory.of_activations(
+        model.config, min(args.num_samples, args.batch_size) * min(length, model.config.block_size))
+        // model.config.n_layer, device, f'{args.num_samples} samples of {length} tokens')
     x, free = prompts(args, tokenizer, length)
     print(f'{path}: iteration {saved["iter_num"]}, trained on {saved["corpus"]["name"]}; decoding '
           f'{"by wavefront" if config.use_sampler else "naively"}, {config.passes} iterations, {device}, {dtype}, '
           f'seed {args.seed}')
+    for head in untrained_heads(saved):
+        print(f'note: the {head} head had not begun to learn when this was saved; --disable-sampler decodes without it')
+    if not free.any():
+        print('note: --seed-text fills the sequence, nothing is left to generate')
 
     # 2. decode
     n_batches = math.ceil(args.num_samples / args.batch_size)
-    progress = Progress(args, tokenizer, n_batches * len(blocks(length, model.config.block_size)) * config.passes)
-    clock = time.time()
-    tokens, p_real, passes, waves = decode(args, model, x, free, config, device, dtype, progress)
-    seconds = time.time() - clock
+    n_passes = n_batches * len(blocks(length, model.config.block_size)) * config.passes
+    clock = time.perf_counter()
+    with signals.noted('this pass, with the samples that are done') as stop:
+        progress = Progress(args, tokenizer, n_passes, stop)
+        tokens, p_real, passes, waves = decode(args, model, x, free, config, device, dtype, progress)
+    seconds = time.perf_counter() - clock
 
     # 3. score, show, save
     texts, scores, meaning = [tokenizer.decode(ids) for ids in tokens], [], ''
-    if judge:
+    if judge and tokens:
         ids = torch.tensor(tokens).split(args.batch_size)
         scores = [score for part in ids for score in judge.score(part.to(device)).tolist()]
         meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'
-    elif args.quality_metric != 'none' and p_real:
+    elif args.quality_metric != 'none' and p_real and free.any():
         scores, meaning = p_real, 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
     for i, text in enumerate(texts):
         print(f'--- sample {i}' + (f', quality {scores[i]:.3f}' if scores else '') + f'\n{text}')
     print('---')
     if scores:
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
-    print(f'{args.num_samples} samples of {length} tokens in {seconds:.2f} s: {passes} forward passes, {waves} waves, '
-          f'{int(free.sum()) / seconds:,.0f} tokens/s')
-    if args.save:
+    print(f'{len(tokens)} samples of {length} tokens in {seconds:.2f} s: {passes} forward passes, {waves} waves, '
+          f'{int(free[:len(tokens)].sum()) / seconds:,.0f} tokens/s')
+    if args.save and tokens:
         samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
                     'iterations': progress.history[i]} for i, (text, ids) in enumerate(zip(texts, tokens))]
         settings = vars(args) | vars(config) | {'device': device, 'dtype': dtype, 'checkpoint': path}
@@ -291,6 +335,9 @@ def main():
             'schema': SCHEMA, 'settings': settings, 'vocabulary': saved['corpus'], 'mask_id': tokenizer.mask_id,
             'seconds': seconds, 'forward_passes': passes, 'waves': waves, 'samples': samples}).encode())
         print(f'saved {args.save}')
+    if stop.number:
+        print(f'{signals.name_of(stop.number)} after {len(tokens)} of {args.num_samples} samples', file=sys.stderr)
+        sys.exit(128 + stop.number)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import environment    # before torch
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 
@@ -18,36 +19,44 @@ import torch
 
 import checkpoint
 import judge
-from configurator import check_training, configure
+import memory
+import signals
+from configurator import configure
 from corpus import DATA_DIR, load_or_prepare
 from device import autocast, bfloat16_speedup, pick_device, pick_dtype
 from distributed import Processes, leave, share_batch, without_sync
-from errors import InputError, run
+from errors import InputError, WriteError, run
+from files import locked
+from finite import HELP, Watch, check_scaler, last_good
 from metrics_log import MetricsLog
 from model import GPT, GPTConfig
 from noise import derive
 from objectives import make_objective
 from optimizers import make_optimizers
+from schedules import critic_weight, describe_stage, evaluation_is_due, lr_factor, save_is_due, stage
+from settings import check, help_text
 
 # -----------------------------------------------------------------------------
 # defaults: masked diffusion on tiny Shakespeare by character, the trunk alone
 # output
 out_dir = 'out'
 eval_interval = 250         # iterations between evaluations, each of which may save a checkpoint
+save_interval = 100         # iterations between checkpoints without an evaluation, to resume from; 0 is off
+stop_on_full_disk = False   # a checkpoint that cannot be written, as on a full disk, stops the run
 log_interval = 10           # iterations between log lines
 eval_rows = 432             # validation sequences in an evaluation, and a third as many of the training split
 eval_only = False           # evaluate once and stop
 always_save_checkpoint = True    # ckpt.pt is the latest, ckpt_best.pt the best; False: only the best, as ckpt.pt
 checkpoint_name = 'ckpt.pt' # file in out_dir
 init_from = 'scratch'       # or 'resume': go on from the checkpoint in out_dir
-overwrite = False           # a new run may replace the checkpoint in out_dir
+overwrite = False           # a new run may replace the checkpoint in out_dir, a resumed one begin a new best
 wandb_log = False           # needs pip install wandb
 wandb_project = 'masked-diffusion'
 wandb_run_name = 'run'
 # data
 dataset = 'shakespeare_char'     # a folder of data_dir
 offline_dataset = 'pydoc_char'   # in its place where dataset cannot be downloaded; '' stops instead
-data_dir = DATA_DIR
+data_dir = DATA_DIR         # where corpora are kept
 gradient_accumulation_steps = 1  # micro-batches for each update
 batch_size = 64             # sequences in a micro-batch; several processes share both out
 block_size = 256            # tokens in a sequence
@@ -55,76 +64,88 @@ block_size = 256            # tokens in a sequence
 model_mode = 'language_model'       # or 'sequence_scorer': a judge
 generator_checkpoint = ''   # of the model whose samples the judge learns to tell from text
 attention_type = 'bidirectional'    # or 'causal': an autoregressive model
-n_layer = 6
-n_head = 6
-n_embd = 384
-dropout = 0.0
+n_layer = 6                 # transformer blocks
+n_head = 6                  # attention heads, each of n_embd / n_head channels
+n_embd = 384                # channels
+dropout = 0.0               # chance that an output of attention or MLP is left out in training
 block_rows = 32             # sequences of a micro-batch that the trunk reads in blocks too; 0 is off
 # sampler head
-add_sampler_head = False
+add_sampler_head = False    # in stage 2
 start_sampler_iteration = 1000      # stage 2 begins
 sampler_min_neighbors_ratio = 0.01  # share of a sequence that is filled first where no token is known
 sampler_context = 8         # neighbours on each side that the head sees
-sampler_width = 128
+sampler_width = 128         # channels of the head
 sampler_state = 192         # of its recurrent state
 sampler_rows = 64           # sequences that the head learns to fill from left to right, half as many by wavefront
 # critic head
-add_critic_head = False
+add_critic_head = False     # in stage 3
 start_critic_iteration = 3000       # stage 3 begins
 end_critic_iteration = 5000         # the critic's weight has risen linearly from 0 to critic_alpha
-critic_alpha = 1.0
+critic_alpha = 1.0          # weight of its loss
 critic_rows = 2             # sequences of a micro-batch that are decoded for the critic
 # optimizer
 freeze_trunk = False        # train the heads alone
 learning_rate = 1e-3        # AdamW: embeddings, biases, the recurrent state
 muon_learning_rate = 0.02   # Muon: every other matrix
-max_iters = 8000
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.99
+max_iters = 8000            # iterations, those before a resume counted in
+weight_decay = 0.1          # of Muon's matrices
+beta1 = 0.9                 # AdamW's memory of gradients
+beta2 = 0.99                # and of their squares
 grad_clip = 1.0             # largest gradient norm, of the trunk and of each head by itself; 0 is off
-warmup_iters = 100
+warmup_iters = 100          # learning rates rise linearly, for each part from where it begins
 lr_decay_iters = 0          # linear decay ends here; 0 is max_iters
 final_lr_ratio = 0.0        # learning rate at the end, as a share of the highest
 # system
 device = 'auto'             # 'cuda', 'mps', 'cpu'; auto takes the first there is
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16'; auto takes bfloat16 where that is faster
 compile = True              # on CUDA alone
-seed = 1337
+seed = 1337                 # of weights, batches, masks and all other noise
 settings = {k: v for k, v in globals().items() if k[0] != '_' and k.islower() and isinstance(v, (int, float, str))}
 # -----------------------------------------------------------------------------
 
 
 def main():
+    if '--help' in sys.argv[1:]:
+        print(help_text(settings, __file__))
+        return
     config = SimpleNamespace(**configure(settings, sys.argv[1:]))
-    check_training(config)
+    check(config)
     config.device = pick_device(config.device)
-    processes = Processes(config.device)
-    try:
+    with Processes(config.device) as processes:
         train(config, processes)
-        processes.barrier()    # the first may still be saving, and gloo aborts when the others leave
-    finally:
-        processes.close()
 
 
 def train(config, processes):
-    """The whole run: set up, then for every iteration learning rate, evaluation, micro-steps, update, log."""
-    # 1. data, model, optimizers; from a checkpoint where the run goes on
+    """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop."""
     corpus = processes.first_alone(lambda: load_or_prepare(config.dataset, config.offline_dataset, config.data_dir))
     corpus.check(config.block_size)
-    saved = open_checkpoint(config, corpus)
+    saved = checkpoint.open_for_run(config, corpus.meta)
     if saved and config.dtype == 'auto':
         config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
     config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
     micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
-    state, objective = build(config, corpus, saved, processes)
+    state, objective = build(config, corpus, saved, processes, share)
     describe(config, corpus, state, micro_steps, share, processes)
-    log = MetricsLog(config, state.iter_num if saved else None) if processes.master_process else None
+    writes = processes.master_process and not config.eval_only
+    with locked(config.out_dir) if writes else nullcontext(), signals.noted() as stop:
+        log = MetricsLog(config, saved) if processes.master_process else None
+        ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop)
+    if log:
+        log.close()
+    if ended_by:
+        leave(128 + ended_by)
+        sys.exit(128 + ended_by)
 
-    # 2. the loop
+
+def iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop):
+    """The loop: for every iteration learning rate, evaluate and save, micro-steps, update, log.
+
+    Returns the number of the signal that ended it, 0 where it came to its end.
+    """
     state.model.train()
-    current_stage, module, clock, since = 0, None, time.time(), state.iter_num
-    for it in range(state.iter_num, max(state.iter_num, config.max_iters) + 1):
+    current_stage, module, clock, since, start = 0, None, time.time(), state.iter_num, state.iter_num
+    watch = Watch()
+    for it in range(start, max(start, config.max_iters) + 1):
         state.iter_num = it
         if stage(config, state.start_iter, it) != current_stage:
             current_stage = stage(config, state.start_iter, it)
@@ -133,12 +154,27 @@ def train(config, processes):
             module = processes.wrap(objective)
         set_learning_rates(config, state, it)
 
-        if evaluation_is_due(config, it, saved):
+        # with several processes all have to agree, which is worth a message in iterations with a log line alone
+        agree = it < config.max_iters and (processes.world == 1 or it % config.log_interval == 0)
+        ending = processes.largest(stop.number) if agree else 0
+        evaluates = not ending and evaluation_is_due(config, it, saved)
+        saves = it > start and (ending or save_is_due(config, it)) and not evaluates
+        if evaluates or saves:
+            check_finite(config, state, watch)
             if processes.master_process:
-                evaluate_and_save(config, state, objective, corpus, log, current_stage, processes)
+                if evaluates:
+                    evaluate_and_save(config, state, objective, corpus, log, current_stage, processes)
+                else:
+                    save(config, state, corpus)
             clock, since = time.time(), it
+        if ending:
+            processes.print0(f'{signals.name_of(ending)} at iteration {it}; '
+                             + (f'{state.saved} is saved; go on with: {signals.command_to_go_on("--init_from=resume")}'
+                                if state.saved else 'nothing was saved'))
+            processes.barrier()    # nobody leaves before the first has saved
+            return ending
         if config.eval_only or it == config.max_iters:
-            break
+            return 0
 
         sums = {}
         for micro in range(micro_steps):
@@ -153,71 +189,17 @@ def train(config, processes):
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / micro_steps
 
-        update(config, state)
+        norms = update(config, state)
 
+        if not state.scaler.is_enabled():    # an overflow of float16 is the scaler's affair
+            watch.note(it, {f'the {name} loss': value for name, value in sums.items()} | norms)
         if it % config.log_interval == 0:
+            check_finite(config, state, watch)
             values = processes.mean(torch.stack(list(sums.values()))).tolist()    # sync point
             ms = (time.time() - clock) * 1000 / (it + 1 - since)
             if processes.master_process:
                 log_losses(config, state, log, dict(zip(sums, values)), ms)
             clock, since = time.time(), it + 1
-    if log:
-        log.close()
-
-
-# -----------------------------------------------------------------------------
-# schedules: functions of the iteration
-
-def stage(config, start_iter, it):
-    """1: trunk alone; 2: and sampler; 3: and critic. Each begins at its start iteration."""
-    if config.add_critic_head and it >= start_iter['critic']:
-        return 3
-    if config.add_sampler_head and it >= start_iter['sampler']:
-        return 2
-    return 1
-
-
-def describe_stage(config, number):
-    names = ['main model'] + ['sampler'] * (config.add_sampler_head and number >= 2) + ['critic'] * (number == 3)
-    return ' + '.join(names)
-
-
-def critic_weight(config, start_iter, it):
-    """0 where the critic begins, then linear, critic_alpha from end_critic_iteration on."""
-    progress = (it - start_iter['critic']) / max(1, config.end_critic_iteration - start_iter['critic'])
-    return config.critic_alpha * min(1.0, max(0.0, progress))
-
-
-def weighted(config, start_iter, it, losses):
-    """main + sampler + critic, the critic's weighted by its schedule; a frozen trunk has no main loss."""
-    weights = {'main': float(not config.freeze_trunk), 'sampler': 1.0, 'critic': critic_weight(config, start_iter, it)}
-    return sum(weights[name] * value for name, value in losses.items())
-
-
-def lr_factor(config, it, start=0):
-    """Learning rate at it, as a share of the highest, of a part that begins to learn at start.
-
-    Linear warm-up from there, linear decay to final_lr_ratio, then constant.
-    """
-    end = config.lr_decay_iters or config.max_iters
-    if it < start + config.warmup_iters:
-        return max(0, it - start + 1) / (config.warmup_iters + 1)
-    if it >= end:
-        return config.final_lr_ratio
-    progress = (it - start - config.warmup_iters) / (end - start - config.warmup_iters)
-    return 1 - (1 - config.final_lr_ratio) * progress
-
-
-def set_learning_rates(config, state, it):
-    for part, optimizers in state.optimizers.items():
-        for optimizer, lr in zip(optimizers, (config.muon_learning_rate, config.learning_rate)):
-            optimizer.param_groups[0]['lr'] = lr * lr_factor(config, it, state.start_iter[part])
-
-
-def evaluation_is_due(config, it, saved):
-    """At every eval_interval and at the end; a resumed run has had the one at the iteration it begins with."""
-    due = it % config.eval_interval == 0 or it == config.max_iters
-    return config.eval_only or due and not (saved and it == saved['iter_num'])
 
 
 # -----------------------------------------------------------------------------
@@ -232,33 +214,21 @@ class State:
     start_iter: dict         # {part: the iteration at which it begins to learn}
     iter_num: int = 0
     best_val_loss: float = math.inf
+    saved: str = ''          # the last checkpoint written or resumed from, for messages
 
 
-def open_checkpoint(config, corpus):
-    """The checkpoint to resume from, or None for a run from scratch. InputError where the run would lose one."""
-    path = checkpoint.path_of(config)
-    if config.init_from == 'resume':
-        saved = checkpoint.load_for_resume(path, config)
-        checkpoint.require_same_vocabulary(saved['corpus'], path, corpus.meta)
-        return saved
-    checkpoint.refuse_to_replace(path, config)
-    return None
-
-
-def build(config, corpus, saved, processes):
+def build(config, corpus, saved, processes, share):
     """State and objective of the run, on its device; a head that the checkpoint lacks is added fresh."""
     torch.manual_seed(config.seed)
     args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
-    model = GPT(GPTConfig(**args | {'vocab_size': corpus.meta['vocab_size']}))
+    model_config = GPTConfig(**args | {'vocab_size': corpus.meta['vocab_size']})
+    memory.require_for_training(config, model_config, processes.device, share)
+    model = GPT(model_config)
     generator = None
     if config.generator_checkpoint:
         generator = checkpoint.load_generator(config.generator_checkpoint, corpus.meta, config.block_size)
         generator.to(processes.device)
-    if saved:
-        processes.print0(f'Resuming from {checkpoint.path_of(config)} at iteration {saved["iter_num"]}')
-        for head in checkpoint.load_weights(model, saved, checkpoint.path_of(config)):
-            processes.print0(f'{checkpoint.path_of(config)} has no {head} head: a fresh one is added')
-    else:
+    if not saved:
         processes.print0('Initializing a new model from scratch')
         if generator and judge.start_from(model, generator):
             processes.print0("The judge starts from the generator's trunk")
@@ -267,11 +237,12 @@ def build(config, corpus, saved, processes):
     start_iter = {'trunk': 0, 'sampler': config.start_sampler_iteration, 'critic': config.start_critic_iteration}
     state = State(model, make_optimizers(config, model), scaler, start_iter)
     if saved:
-        state.iter_num, state.best_val_loss = saved['iter_num'], saved['best_val_loss']
-        state.start_iter = checkpoint.resumed_start_iter(start_iter, saved)
-        checkpoint.load_optimizers(state.optimizers, saved)
-        if saved['scaler']:    # empty unless that run was in float16
-            scaler.load_state_dict(saved['scaler'])
+        path = checkpoint.path_to_resume(config)
+        processes.print0(f'Resuming from {path} at iteration {saved["iter_num"]}')
+        for head in checkpoint.restore(state, saved, start_iter, path):
+            processes.print0(f'{path} has no {head} head: a fresh one is added')
+        if checkpoint.changed_settings(saved, config):
+            processes.print0(f'changed settings: {", ".join(checkpoint.changed_settings(saved, config))}')
     return state, make_objective(model, config, generator)
 
 
@@ -308,6 +279,11 @@ def describe(config, corpus, state, micro_steps, share, processes):
 # -----------------------------------------------------------------------------
 # the steps of an iteration
 
+def set_learning_rates(config, state, it):
+    for part, optimizers in state.optimizers.items():
+        for optimizer, lr in zip(optimizers, (config.muon_learning_rate, config.learning_rate)):
+            optimizer.param_groups[0]['lr'] = lr * lr_factor(config, it, state.start_iter[part])
+
 def next_batch(config, corpus, objective, seed, n, device):
     """n sequences of the training split, (n, block_size) int64, chosen by the seed of the micro-step."""
     rows = corpus.random_rows('train', n, config.block_size + objective.extra_tokens, np.random.default_rng(seed))
@@ -321,23 +297,34 @@ def rows_to_learn_from(config, current_stage, share):
     return [max(1, n // share) if learns else 0 for learns, n in zip(on, rows)]
 
 
+def weighted(config, start_iter, it, losses):
+    """main + sampler + critic, the critic's weighted by its schedule; a frozen trunk has no main loss."""
+    weights = {'main': float(not config.freeze_trunk), 'sampler': 1.0, 'critic': critic_weight(config, start_iter, it)}
+    return sum(weights[name] * value for name, value in losses.items())
+
+
 def update(config, state):
-    """One step of every optimizer that has gradients; each part is clipped by itself."""
-    moved = False
+    """One step of every optimizer that has gradients; each part is clipped by itself. Returns {part: gradient norm}."""
+    norms = {}
     for part, optimizers in state.optimizers.items():
         params = [p for p in state.model.parts()[part] if p.grad is not None]
         if not params:
             continue
         for optimizer in optimizers:
             state.scaler.unscale_(optimizer)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
+        norms[f'the gradient of the {part}'] = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
         for optimizer in optimizers:
             state.scaler.step(optimizer)
             optimizer.zero_grad()
-        moved = True
-    if moved:
+    if norms:
         state.scaler.update()
+    return norms
+
+
+def check_finite(config, state, watch):
+    """InputError where a loss or a gradient has not been finite, before anything is saved; a sync point."""
+    watch.check(lambda it: stage(config, state.start_iter, it), state.saved)
+    check_scaler(state.scaler, state.iter_num, state.saved)
 
 
 def evaluate_and_save(config, state, objective, corpus, log, current_stage, processes):
@@ -345,14 +332,33 @@ def evaluate_and_save(config, state, objective, corpus, log, current_stage, proc
     value = evaluate(config, state, objective, corpus, log, current_stage, processes)
     if not math.isfinite(value):
         raise InputError(f'iteration {state.iter_num}: the validation {objective.figure} is {value}; nothing is saved, '
-                         f'earlier checkpoints stay; try a lower learning_rate or muon_learning_rate')
+                         f'{last_good(state.saved)}; {HELP}')
     better = value < state.best_val_loss or config.freeze_trunk    # which does not move it
-    state.best_val_loss = min(value, state.best_val_loss)
+    best, state.best_val_loss = state.best_val_loss, min(value, state.best_val_loss)
     if config.eval_only or state.iter_num == 0:
         return
-    for path in checkpoint.paths_to_save(config, better):
-        checkpoint.save(path, checkpoint.contents(state, asdict(state.model.config), vars(config), corpus.meta))
-        print(f'saved {path}', flush=True)
+    if not save(config, state, corpus, better):
+        state.best_val_loss = best    # which is what the files hold
+    if state.iter_num == config.max_iters and not state.saved:
+        print('no evaluation was better than the first: there is no checkpoint')
+
+
+def save(config, state, corpus, better=None):
+    """Write what the present state earns; better: than before, None if it was not evaluated. Returns whether it could.
+
+    Where the disk is full that is said and training goes on, unless it was to stop or this was the last chance.
+    """
+    contents = checkpoint.contents(state, asdict(state.model.config), vars(config), corpus.meta, better is not None)
+    try:
+        for path in checkpoint.save_where_due(config, contents, better):
+            state.saved = f'{path!r} of iteration {state.iter_num}'
+            print(f'saved {path}', flush=True)
+    except WriteError as error:
+        if config.stop_on_full_disk or state.iter_num == config.max_iters:
+            raise
+        print(f'NOT SAVED: {error}; training goes on and saves again later', flush=True)
+        return False
+    return True
 
 
 def evaluate(config, state, objective, corpus, log, current_stage, processes):

@@ -15,8 +15,9 @@ import zlib
 
 import numpy as np
 
-from corpus import Tokenizer, write_atomically
+from corpus import Tokenizer
 from errors import InputError, run
+from files import require_file, write_atomically
 
 SCHEMA = 2                  # of the files that it reads
 MASKED, REMASKED = 1, 2     # bits of a position's flags in a pass, as view.html reads them
@@ -45,6 +46,7 @@ def main():
 
 def read(path):
     """What --save wrote to path. InputError if it is something else."""
+    require_file(path, 'what sample_simple.py --save writes')
     try:
         with open(path, encoding='utf-8') as f:
             saved = json.load(f)

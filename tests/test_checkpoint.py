@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import checkpoint_in, contents_of, metrics_in, tiny_model
+from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in, tiny_model
 from errors import InputError
 
 
@@ -78,17 +78,17 @@ def test_a_kill_while_saving_leaves_the_previous_one(tmp_path, monkeypatch):
 def test_a_new_run_does_not_replace_a_checkpoint(trained, refused, train):
     """A forgotten --init_from=resume once overwrote days of training: now nothing changes unless it is asked for."""
     before = contents_of(trained)
-    message = refused(trained, '--max_iters=2')
+    message = refused(trained, *NO_HEADS, '--max_iters=2')
     assert all(way in message for way in ('--init_from=resume', '--out_dir', '--overwrite=True'))
     assert contents_of(trained) == before
-    train(trained, '--max_iters=2', '--overwrite=True', '--eval_interval=2')
+    train(trained, *NO_HEADS, '--max_iters=2', '--overwrite=True', '--eval_interval=2')
     assert checkpoint_in(trained)['iter_num'] == 2
     assert {entry['iter'] for entry in metrics_in(trained)} == {0, 1, 2}, 'metrics.jsonl begins anew with it'
 
 
 def test_a_new_run_beside_a_checkpoint_of_another_name_goes_on(trained, train):
     before = contents_of(trained)
-    train(trained, '--max_iters=1', '--checkpoint_name=second.pt')
+    train(trained, *NO_HEADS, '--max_iters=1', '--checkpoint_name=second.pt')
     after = contents_of(trained)
     assert all(after[name] == data for name, data in before.items())
     assert set(after) - set(before) == {'second.pt', 'second_best.pt', 'second_metrics.jsonl'}

@@ -95,9 +95,10 @@ def test_a_torn_line_and_a_figure_that_is_no_number_are_left_out(tmp_path, drawn
 
 
 @pytest.mark.parametrize('content, message', [
-    (None, "no '"), ('', 'no figures'), ('{"torn', 'no figures'), ('[1]\n', 'TypeError'), ('{"loss": 1}\n', 'KeyError'),
-    ('{"iter": "x"}\n', 'TypeError'), ('{"iter": 1, "main": "x"}\n', 'other than figures'),
-    ('{"iter": 1, "main": null}\n', 'other than figures'), (b'\xff\xfe\x00', 'UnicodeDecodeError')])
+    (None, "no '"), ('', 'no figures'), ('{"torn', 'no figures'), ('[1]\n', 'no figures'), ('{"loss": 1}\n', 'no figures'),
+    ('{"iter": "x"}\n', 'no figures'), ('{"iter": 1, "main": "x"}\n', 'other than figures'),
+    ('{"iter": 1, "main": 1e999}\n', 'other than figures'), ('{"iter": 1, "main": null}\n', 'no figures'),
+    (b'\xff\xfe\x00', 'no figures')])
 def test_bad_files_are_one_line(script, tmp_path, content, message):
     if content is not None:
         (tmp_path / 'metrics.jsonl').write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in, same_weights
+from corpus import Corpus, prepare_text
 
 RESUME = ['--init_from=resume', '--dropout=0.1']
 
@@ -76,6 +77,25 @@ def test_a_head_that_has_not_begun_begins_where_it_is_told(train, half, tmp_path
     whole, parts = checkpoint_in(tmp_path / 'whole'), checkpoint_in(half)
     assert parts['start_iter'] == whole['start_iter'] == {'trunk': 0, 'sampler': 3, 'critic': start}
     assert same_weights(whole['model'], parts['model'])
+
+
+@pytest.mark.parametrize('change', ['--seed=7', '--eval_rows=14'])
+def test_a_best_is_not_compared_across_yardsticks(train, half, refused, change):
+    """best_val_loss of other rows or masks once decided about ckpt_best.pt: now the run is refused, or begins anew."""
+    before = contents_of(half)
+    assert f'has {change[2:].split("=")[0]} ' in refused(half, *RESUME, change) and contents_of(half) == before
+    saved = checkpoint_in(half)
+    saved['best_val_loss'] = 0.1
+    torch.save(saved, half / 'ckpt.pt')
+    train(half, *RESUME, change, '--overwrite=True')
+    assert checkpoint_in(half)['best_val_loss'] > 0.1 and checkpoint_in(half, 'ckpt_best.pt')['iter_num'] == 12
+
+
+def test_another_text_of_the_same_vocabulary_is_refused(half, refused, toy_data, tmp_path):
+    toy = Corpus('toy', str(toy_data))
+    text = toy.tokenizer.decode(toy.splits['train'][::-1].tolist())
+    prepare_text('toy', text, 'reversed', data_dir=str(tmp_path / 'data'))
+    assert 'the text' in refused(half, *RESUME, f'--data_dir={tmp_path / "data"}')
 
 
 def test_a_head_told_to_begin_in_the_past_begins_now(train, half):
@@ -158,7 +178,7 @@ def test_a_head_is_fitted_to_a_finished_model(train, tmp_path):
 
 def test_the_scalers_state_goes_on(train, tmp_path):
     """float16: the scale and the steps since it last changed are those of the run that was stopped."""
-    train(tmp_path, '--dtype=float16', '--max_iters=4', '--eval_interval=4')
+    train(tmp_path, '--dtype=float16', '--max_iters=4', '--eval_interval=4', '--start_critic_iteration=4')
     saved = checkpoint_in(tmp_path)
     assert saved['scaler']['_growth_tracker'] == 4
     saved['scaler']['scale'] = 512.0

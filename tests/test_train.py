@@ -239,7 +239,8 @@ def test_one_batch_overfits(script, tmp_path):
     for split in ('train', 'val'):
         ids.tofile(tmp_path / 'one' / f'{split}.bin')
     meta = json.loads((tmp_path / 'one' / 'meta.json').read_text())
-    (tmp_path / 'one' / 'meta.json').write_text(json.dumps(meta | {'train_tokens': 33, 'val_tokens': 33}))
+    (tmp_path / 'one' / 'meta.json').write_text(json.dumps(
+        {name: value for name, value in meta.items() if 'crc32' not in name} | {'train_tokens': 33, 'val_tokens': 33}))
     status, out, err = script('train.py', *TINY, *NO_HEADS, '--dataset=one', f'--data_dir={tmp_path}',
                               f'--out_dir={tmp_path / "out"}', '--max_iters=120', '--eval_interval=120',
                               '--n_embd=64', '--log_interval=50')

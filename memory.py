@@ -1,0 +1,54 @@
+"""What memory cannot hold is refused before any of it is taken: lower bounds, so that nothing that fits is refused."""
+import os
+
+import torch
+
+from errors import InputError
+from model import GPT
+
+CGROUP = '/sys/fs/cgroup/memory.max'    # a container's limit
+
+
+def skeleton(config):
+    """The model of a GPTConfig without any memory: names, shapes and dtypes of its weights (torch's meta device)."""
+    with torch.device('meta'):
+        return GPT(config)
+
+
+def available(device):
+    """Bytes of memory that the device, 'cpu', 'mps' or 'cuda...', has altogether."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    try:
+        with open(CGROUP) as f:
+            return min(total, int(f.read()))
+    except (OSError, ValueError):    # none, or 'max'
+        return total
+
+
+def require(needed, device, what):
+    """InputError where the device cannot hold what needs so many bytes at least."""
+    found = available(device)
+    if needed > found:
+        raise InputError(f'{what} needs more than {needed / 2 ** 30:,.1f} GiB of memory, {device} has '
+                         f'{found / 2 ** 30:,.1f} GiB; wanted smaller sizes')
+
+
+def of_model(model):
+    """Bytes of the weights and tables of a model in float32."""
+    return 4 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+
+
+def of_activations(config, tokens):
+    """Bytes that the backward pass over so many tokens keeps at least: projections of attention and MLP, 16 bits."""
+    return 2 * tokens * config.n_layer * 8 * config.n_embd
+
+
+def require_for_training(config, model_config, device, share):
+    """InputError where weights, gradients, moments and the activations of a micro-step, or evaluation, do not fit."""
+    tokens = config.batch_size // share * config.block_size
+    needed = 3 * of_model(skeleton(model_config)) + of_activations(config, tokens)
+    require(needed, device, f'the model with its optimizer and micro-steps of {config.batch_size // share} x '
+                            f'{config.block_size} tokens')
+    require(8 * config.eval_rows * config.block_size, device, f'an evaluation with eval_rows={config.eval_rows}')

@@ -1,0 +1,70 @@
+"""The table of settings: complete, said once, and what contradicts itself or fits into no memory is named."""
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import memory
+import settings
+import train
+from errors import InputError
+from model import GPT, GPTConfig
+
+
+def test_every_number_has_a_range_and_every_default_lies_in_it():
+    numbers = {name for name, value in train.settings.items() if type(value) in (int, float)}
+    assert set(settings.RANGES) == numbers | {'vocab_size'}
+    assert set(settings.CHOICES) | set(settings.NAMES) | set(settings.NOT_EMPTY) <= set(train.settings)
+    settings.check(SimpleNamespace(**train.settings))
+
+
+@pytest.mark.parametrize('wanted, inside, outside, text', [
+    (settings.Range(1), (1, 5, 10 ** 400), (0, -1, float('inf'), float('nan')), 'at least 1'),
+    (settings.Range(0, 1), (0, 0.5, 1), (1.1, -1e-9, float('nan')), '0 to 1'),
+    (settings.Range(0, 1, below=True), (0, 0.999), (1, float('-inf')), '0 to below 1')])
+def test_ranges_by_hand(wanted, inside, outside, text):
+    assert all(value in wanted for value in inside) and not any(value in wanted for value in outside)
+    assert str(wanted) == text
+
+
+def test_help_says_each_setting_with_its_range_and_the_comment_beside_it(script):
+    status, out, _ = script('train.py', '--help')
+    lines = dict(line.split('=', 1) for line in out.splitlines())
+    assert status == 0 and set(lines) == {f'--{name}' for name in train.settings}
+    assert lines['--dropout'] == ('0.0  [0 to below 1]  chance that an output of attention or MLP is left out in '
+                                  'training')
+    assert 'float32 or bfloat16' in lines['--dtype']
+
+
+@pytest.mark.parametrize('flags, named', [
+    (['--start_critic_iteration=2', '--end_critic_iteration=2'], 'start_critic_iteration=2 comes before'),
+    (['--end_critic_iteration=5'], 'end_critic_iteration=5 comes before'),
+    (['--max_iters=5', '--start_critic_iteration=5'], ''), (['--max_iters=5'], 'start_critic_iteration=6 is never'),
+    (['--start_sampler_iteration=13', '--start_critic_iteration=13', '--end_critic_iteration=13'], 'sampler.* never'),
+    (['--lr_decay_iters=2'], 'lr_decay_iters=2 comes before'), (['--dtype=float64'], "dtype='float64'"),
+    (['--n_embd=65536', '--n_layer=100', '--n_head=2'], 'more than .* GiB of memory'),
+    (['--batch_size=9999999', '--n_layer=100'], 'more than .* GiB of memory')])
+def test_contradictions_and_sizes_are_one_line(train, refused, tmp_path, flags, named):
+    if not named:    # a run may end where a stage begins
+        train(tmp_path, *flags)
+        return
+    assert re.search(named, refused(tmp_path, *flags)) and not list(tmp_path.iterdir())
+
+
+def test_wandb_that_is_not_there_and_devices_that_are_not(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    assert 'pip install wandb' in refused(tmp_path, '--wandb_log=True')
+    for device in ('cpu:abc', 'cpu:1', 'cpu:', 'cuda:99', 'meta'):
+        assert f'device {device!r}' in refused(tmp_path, f'--device={device}')
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_counted_without_taking_any():
+    config = GPTConfig(vocab_size=12, block_size=24, n_layer=2, n_head=2, n_embd=16, add_sampler_head=True)
+    whole = GPT(config)
+    tensors = [*whole.parameters(), *whole.buffers()]
+    assert memory.of_model(memory.skeleton(config)) == 4 * sum(t.numel() for t in tensors)
+    assert all(p.device.type == 'meta' for p in memory.skeleton(config).parameters())
+    with pytest.raises(InputError, match='a thing needs more than 1,000,000.0 GiB of memory, cpu has'):
+        memory.require(10 ** 6 * 2 ** 30, 'cpu', 'a thing')

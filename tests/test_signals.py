@@ -1,0 +1,116 @@
+"""The first SIGINT, SIGTERM or SIGHUP ends a step and saves; what goes on from there is the whole run."""
+import os
+import re
+import shlex
+import signal
+
+import pytest
+
+import objectives
+import signals
+from conftest import NO_HEADS, TINY, checkpoint_in, metrics_in, same_weights
+from model import GPT
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of a fresh process, whoever runs the tests; as they were afterwards."""
+    fresh = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in fresh.items()}
+    yield fresh
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def kill_in_step(patch, number, step):
+    """A signal to this process while a run computes the losses of its step-th micro-step, counted from 1."""
+    plain, calls = objectives.DiffusionObjective.forward, []
+
+    def forward(self, *args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return plain(self, *args)
+    patch.setattr(objectives.DiffusionObjective, 'forward', forward)
+
+
+@pytest.mark.parametrize('number, step', [(signal.SIGINT, 3), (signal.SIGTERM, 6), (signal.SIGHUP, 11)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(script, trained_once, toy_data, tmp_path, monkeypatch,
+                                                     handlers, number, step):
+    """In each stage, at the border of an evaluation too: weights and figures are the whole run's, bit for bit."""
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, number, step)
+        status, out, _ = script('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}')
+    assert status == 128 + number
+    assert f'{signal.Signals(number).name} at iteration {step}; ' in out and checkpoint_in(tmp_path)['iter_num'] == step
+    command = shlex.split(re.search('go on with: (.*)', out).group(1))
+    assert command[0] == 'python' and command[-1] == '--init_from=resume'
+    status, _, err = script(command[1], *command[2:])
+    assert status == 0, err
+    assert same_weights(checkpoint_in(tmp_path)['model'], checkpoint_in(trained_once[0])['model'])
+
+    def figures(out_dir):
+        return [{k: v for k, v in entry.items() if k != 'ms'} for entry in metrics_in(out_dir)]
+    assert figures(tmp_path) == figures(trained_once[0])
+    assert signal.getsignal(number) == handlers[number], 'as before'
+
+
+def test_a_signal_in_the_last_iteration_changes_nothing(script, toy_data, tmp_path, monkeypatch):
+    """The run is at its end: it evaluates and saves as ever."""
+    kill_in_step(monkeypatch, signal.SIGTERM, 2)
+    status, out, err = script('train.py', *TINY, *NO_HEADS, f'--data_dir={toy_data}', f'--out_dir={tmp_path}',
+                              '--max_iters=2')
+    assert status == 0 and 'iter 2: val' in out and checkpoint_in(tmp_path)['iter_num'] == 2, err
+
+
+def test_a_run_that_keeps_the_best_alone_is_saved_beside_it(script, toy_data, tmp_path, monkeypatch):
+    flags = [*TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}', '--always_save_checkpoint=False']
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, signal.SIGTERM, 8)
+        assert script('train.py', *flags)[0] == 143
+    assert checkpoint_in(tmp_path)['iter_num'] == 6 and checkpoint_in(tmp_path, 'ckpt_last.pt')['iter_num'] == 8
+    status, out, err = script('train.py', *flags, '--init_from=resume')
+    assert status == 0 and re.search(r'Resuming from .*ckpt_last.pt at iteration 8', out), err
+    newer = checkpoint_in(tmp_path)['iter_num'] == 12
+    assert newer != (tmp_path / 'ckpt_last.pt').exists(), 'nothing obsolete stays'
+
+
+def test_saves_between_evaluations(train, trained_once, tmp_path, monkeypatch):
+    """save_interval: a kill loses no more; the figures and weights are those of the run without."""
+    out = train(tmp_path, '--save_interval=4')
+    assert re.findall(r'^(?:iter (\d+): val|saved .*(ckpt.pt))', out, re.M) == [
+        ('0', ''), ('', 'ckpt.pt'), ('6', ''), ('', 'ckpt.pt'), ('', 'ckpt.pt'), ('12', ''), ('', 'ckpt.pt')]
+    assert same_weights(checkpoint_in(tmp_path)['model'], checkpoint_in(trained_once[0])['model'])
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(signals.os, '_exit', left.append)
+    monkeypatch.setattr(signals.os, 'write', lambda *args: None)
+    with signals.noted() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == signal.SIGHUP and not left
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left == [143]
+
+
+def test_what_the_user_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals.noted() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.number
+
+
+def test_samples_that_are_done_are_shown_and_saved(script, trained_once, tmp_path, monkeypatch):
+    forward, calls = GPT.forward, []
+
+    def stop_in_the_third_batch(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+    monkeypatch.setattr(GPT, 'forward', stop_in_the_third_batch)
+    status, out, err = script('sample_simple.py', '--out-dir', trained_once[0], '--num-samples', 4, '--batch-size', 1,
+                              '--disable-sampler', '--iterations', 2, '--save', tmp_path / 'o.json', '--no-progress')
+    assert status == 143 and out.count('--- sample') == 2 and 'SIGTERM after 2 of 4 samples' in err
+    assert 'saved' in out and (tmp_path / 'o.json').read_text().count('"iterations"') >= 2
