@@ -17,7 +17,6 @@ matplotlib.use('Agg')    # no window
 import matplotlib.pyplot as plt
 import numpy as np
 
-import metrics_log
 from errors import InputError, run
 
 # names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
@@ -58,6 +57,7 @@ def main():
 
 def read(path):
     """Entries of a run: path is its folder or its metrics.jsonl. InputError where there are none."""
+    import metrics_log    # not above: it brings torch, for which --help would wait
     file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
