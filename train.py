@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import checkpoint
-import judge
+import trunk
 from configurator import check_training, configure
 from corpus import DATA_DIR, load_or_prepare
 from device import autocast, bfloat16_speedup, pick_device, pick_dtype
@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from noise import derive
 from objectives import make_objective
 from optimizers import make_optimizers
+from progress import duration
 
 # -----------------------------------------------------------------------------
 # defaults: masked diffusion on tiny Shakespeare by character, the trunk alone
@@ -76,6 +77,7 @@ critic_alpha = 1.0
 critic_rows = 2             # sequences of a micro-batch that are decoded for the critic
 # optimizer
 freeze_trunk = False        # train the heads alone
+trunk_checkpoint = ''       # of the finished model whose trunk this one starts with
 learning_rate = 1e-3        # AdamW: embeddings, biases, the recurrent state
 muon_learning_rate = 0.02   # Muon: every other matrix
 max_iters = 8000
@@ -260,8 +262,11 @@ def build(config, corpus, saved, processes):
             processes.print0(f'{checkpoint.path_of(config)} has no {head} head: a fresh one is added')
     else:
         processes.print0('Initializing a new model from scratch')
-        if generator and judge.start_from(model, generator):
+        if generator and trunk.copy(generator, model):
             processes.print0("The judge starts from the generator's trunk")
+        if config.trunk_checkpoint:
+            trunk.start_from(model, config.trunk_checkpoint, corpus.meta)
+            processes.print0(f'The trunk is that of {config.trunk_checkpoint}')
     model.to(processes.device)
     scaler = torch.amp.GradScaler(processes.device.split(':')[0], enabled=config.dtype == 'float16')
     start_iter = {'trunk': 0, 'sampler': config.start_sampler_iteration, 'critic': config.start_critic_iteration}
@@ -378,12 +383,12 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
 
 
 def log_losses(config, state, log, values, ms):
-    """The guide's line: total and parts, milliseconds per iteration; and the same for metrics.jsonl."""
+    """The guide's line, and behind it how long the rest takes at this pace; and the figures for metrics.jsonl."""
     it = state.iter_num
     total = weighted(config, state.start_iter, it, values)
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f'iter {it}: loss {total:.4f} ({", ".join(f"{k} {v:.4f}" for k, v in values.items())}), time {ms:.2f}ms, '
-          f'{tokens / ms * 1000:,.0f} tokens/s', flush=True)
+          f'{tokens / ms * 1000:,.0f} tokens/s, {duration((config.max_iters - it) * ms / 1000)} left', flush=True)
     rate = config.learning_rate * lr_factor(config, it)
     log.write({'iter': it, 'loss': total, 'ms': ms, 'learning_rate': rate} | values)
 
