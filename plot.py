@@ -28,16 +28,16 @@ STYLES = {'val': '-', 'train': '--'}
 BORDERS = {'sampler': '-.', 'critic': ':'}
 
 
-def arguments():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('runs', nargs='+', metavar='RUN', help='out_dir of a run of train.py, or its metrics.jsonl')
     parser.add_argument('-o', '--output', default='curves', metavar='NAME',
                         help='write NAME.png and NAME.svg (default: curves)')
-    return parser.parse_args()
+    return parser
 
 
 def main():
-    args = arguments()
+    args = parser().parse_args()
     stem = args.output.removesuffix('.png').removesuffix('.svg')
     runs = {path: read(path) for path in args.runs}
     plt.style.use('tableau-colorblind10')
