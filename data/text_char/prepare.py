@@ -19,7 +19,7 @@ from progress import bar
 def parser():
     parser = argparse.ArgumentParser(description='Prepare a corpus from any UTF-8 text.')
     parser.add_argument('path', help='the text file, or a folder of them')
-    parser.add_argument('--name', default='text_char', help='name of the corpus, a folder in data/ (default: text_char)')
+    parser.add_argument('--name', default='text_char', help='of the corpus, a folder in data/ (default: text_char)')
     parser.add_argument('--suffix', default='.txt', help='how the names of files end that a folder, and the folders in '
                         'it, are searched for (default: .txt)')
     parser.add_argument('--byte-pairs', action='store_true', help="GPT-2's byte pairs in place of characters")
