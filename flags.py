@@ -70,10 +70,11 @@ def action_row(action):
     name = ', '.join(action.option_strings) or (action.metavar or action.dest)
     values = '{' + ','.join(map(str, action.choices)) + '}' if action.choices else ''
     plain = action.default in (None, False, '', argparse.SUPPRESS)
-    said = re.search(r' \(default[^()]*: ([^()]*)\)', action.help % {'default': action.default, 'prog': ''})
-    default = said[1] if said else '' if plain else f'`{action.default}`'
     meaning = action.help % {'default': action.default, 'prog': ''}
+    said = re.search(r' \(default( [^:()]*)?: ([^()]*)\)', meaning)    # in the help's own words
+    default = '' if plain else f'`{action.default}`'
     if said:
+        default = f'{said[1].strip()}: {said[2]}' if said[1] else said[2]
         meaning = meaning.replace(said[0], '')
     if os.path.isabs(str(action.default)):
         default = 'data/ beside the script'
