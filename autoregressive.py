@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cache import CachedTrunk
 from metrics import mean_error
 from noise import TOKENS, sample, uniform
+from progress import bar
 
 
 def nll(trunk, model, x):
@@ -22,7 +23,7 @@ def nll(trunk, model, x):
 @torch.no_grad()
 def validate(model, x0, batch_size):
     """Mean NLL of sequences (N, T), nats per token: {'nll', 'nll_error' (standard error over sequences)}."""
-    values = torch.cat([nll(model, model, part).mean(1) for part in x0.split(batch_size)]).double()
+    values = torch.cat([nll(model, model, part).mean(1) for part in bar(x0.split(batch_size), 'evaluation')]).double()
     return dict(zip(('nll', 'nll_error'), mean_error(values.tolist())))
 
 

@@ -46,7 +46,7 @@ for B in (1, 32):
 VOCAB_SIZE = 66    # of tiny Shakespeare, where there is no checkpoint
 
 
-def arguments():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--config', default='config/train_char_diffusion_sampler.py', help='size and batch')
     parser.add_argument('--checkpoint', help='decode with these weights; default: random ones of the config\'s size')
@@ -56,7 +56,11 @@ def arguments():
     parser.add_argument('--nanogpt', help='nanoGPT\'s folder or model.py, for a comparison of training steps')
     parser.add_argument('--rounds', type=int, help='of every row, after the warm-up; default 3 or, in full, 7')
     parser.add_argument('--peak-of', help=argparse.SUPPRESS)    # run one row in this process, print its peak memory
-    args, settings = parser.parse_known_args()
+    return parser
+
+
+def arguments():
+    args, settings = parser().parse_known_args()
     args.rounds = args.rounds or (3 if args.quick else 7)
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
     check(config)
@@ -175,7 +179,7 @@ def parts_timed(clock):
     for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'read', 'trunk'), (Naive, 'fill', 'filling'),
                                 (Wavefront, 'fill', 'filling'), (Wavefront, 'fill_from_left', 'filling'),
                                 (Naive, 'rescore', 'rescoring'), (Wavefront, 'rescore', 'rescoring')):
-        def timed(*args, plain=getattr(owner, method), part=part):
+        def timed(*args, plain=getattr(owner, method), part=part):    # noqa: B008 (bound now, in this round)
             with clock(part):
                 return plain(*args)
         kept.append((owner, method, getattr(owner, method)))

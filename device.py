@@ -6,9 +6,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+import choices
 from errors import InputError
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float64': torch.float64}
+DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 def pick_device(name):

@@ -17,6 +17,7 @@ from likelihood import log_likelihood
 from metrics import area_under_roc, mean_error
 from noise import derive
 from plans import make_plan
+from progress import bar
 from sampler import sampler_examples, sampler_loss, spread_choice
 
 BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
@@ -184,7 +185,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     xt, mask = mask_exactly(x0.cpu(), n, model.mask_id, generator)
     xt, mask = xt.to(x0.device), mask.to(x0.device)
     nelbo, totals, ranked = [], {}, []
-    for i, start in enumerate(range(0, R, batch_size)):
+    for i, start in enumerate(bar(range(0, R, batch_size), 'evaluation')):
         part = slice(start, start + batch_size)
         batch = forward_masked(model, model, x0[part], xt[part], mask[part])
         nll = F.cross_entropy(batch.lm_logits, batch.targets, reduction='none')
@@ -203,7 +204,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         result['critic_auc'] = area_under_roc(targets, logits)
     if sampler:
         plan = make_plan('left-to-right', T, 1, device=x0.device)
-        nll = [-log_likelihood(model, part, plan).mean(1) for part in x0.split(batch_size)]
+        nll = [-log_likelihood(model, part, plan).mean(1) for part in bar(x0.split(batch_size), 'one-pass likelihood')]
         result['one_pass_nll'] = torch.cat(nll).mean().item()
     for name, values in totals.items():
         result[name] = (sum(v * w for v, w in values) / sum(w for _, w in values)).item()

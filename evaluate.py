@@ -307,7 +307,7 @@ def same_identity(path, identity):
 # -----------------------------------------------------------------------------
 # command line
 
-def arguments():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     add = parser.add_argument
     add('--checkpoint', default='out-char-diffusion/ckpt.pt', help='the masked-diffusion model (default: %(default)s)')
@@ -327,7 +327,11 @@ def arguments():
     add('--device', default='auto', help='auto, cuda, mps, cpu (default: %(default)s)')
     add('--dtype', default='auto', choices=('auto', *DTYPES), help='(default: %(default)s)')
     add('--no-progress', action='store_true', help='no bar')
-    args = parser.parse_args()
+    return parser
+
+
+def arguments():
+    args = parser().parse_args()
     chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
     args.named = bool(args.decoders)
     args.decoders = names(args.decoders) or chosen['decoders']

@@ -27,11 +27,15 @@ def exported(saved, dtype=torch.bfloat16):
     return {name: saved[name] for name in KEPT if name in saved} | {'model': weights, 'config': config}
 
 
-def main():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('checkpoint', help='file that train.py wrote')
     parser.add_argument('file', help='file to write; one that exists is not replaced')
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = parser().parse_args()
     if os.path.exists(args.file):
         raise InputError(f'{args.file!r} exists; wanted a new name')
     saved = checkpoint.load(args.checkpoint)

@@ -18,6 +18,7 @@ from decoding import decode_block, default_config
 from diffusion import mask_tokens, spread_ratios
 from errors import InputError
 from metrics import rank_correlation
+from progress import bar
 
 ITERATIONS = (1, 4, 15)       # of the fills: those that users run
 TEMPERATURES = (0.6, 1.2)     # range of the fills
@@ -41,17 +42,6 @@ def make_examples(generator, x0, rng):
     return decode_block(generator, x0, mask, config, range(B), range(T)).x, ~mask
 
 
-def start_from(model, generator):
-    """Give a fresh judge the generator's trunk, which knows the text, if the shapes agree. Returns whether they do."""
-    heads = ('sampler_head', 'critic_head')
-    weights = {name: p for name, p in generator.state_dict().items() if not name.startswith(heads)}
-    shapes = {name: p.shape for name, p in model.state_dict().items() if not name.startswith('score_head')}
-    same = shapes == {name: p.shape for name, p in weights.items()}
-    if same:
-        model.load_state_dict(weights, strict=False)
-    return same
-
-
 def token_logits(trunk, model, x):
     """Logit that each token is real: x (B, T) ids -> (B, T) float32."""
     return model.score_head(trunk(x))[..., 0].float()
@@ -69,7 +59,7 @@ def validate(model, generator, x0, batch_size, rng):
     Returns {'loss': nats per token, 'rank_correlation'}.
     """
     losses, scores, shares = [], [], []
-    for part in x0.split(batch_size):
+    for part in bar(x0.split(batch_size), 'evaluation'):
         x, real = make_examples(generator, part, rng)
         logits = token_logits(model, model, x)
         losses.append(F.binary_cross_entropy_with_logits(logits, real.float(), reduction='none').mean(1))

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from choices import ANY_PASSES, ONE_PASS
 from errors import InputError
 from noise import POSITIONS, uniform
 from sampler import wave_numbers
-
-ONE_PASS = ('wavefront', 'left-to-right', 'fronts-N')
-ANY_PASSES = ('blocks', 'spans', 'interleaved', 'random')
 
 
 @dataclass(frozen=True)

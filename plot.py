@@ -17,7 +17,6 @@ matplotlib.use('Agg')    # no window
 import matplotlib.pyplot as plt
 import numpy as np
 
-import metrics_log
 from errors import InputError, run
 
 # names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
@@ -30,16 +29,16 @@ LARGEST = 1e30    # of any figure: beyond, there is nothing to draw
 BORDERS = {'sampler': '-.', 'critic': ':'}
 
 
-def arguments():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('runs', nargs='+', metavar='RUN', help='out_dir of a run of train.py, or its metrics.jsonl')
     parser.add_argument('-o', '--output', default='curves', metavar='NAME',
                         help='write NAME.png and NAME.svg (default: curves)')
-    return parser.parse_args()
+    return parser
 
 
 def main():
-    args = arguments()
+    args = parser().parse_args()
     stem = args.output.removesuffix('.png').removesuffix('.svg')
     if not os.path.basename(stem):
         raise InputError(f'-o {args.output!r}, wanted a name, such as curves')
@@ -61,6 +60,7 @@ def main():
 
 def read(path):
     """Entries of a run: path is its folder or its metrics.jsonl. InputError where there are none."""
+    import metrics_log    # not above: it brings torch, for which --help would wait
     file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')

@@ -21,6 +21,19 @@ def critic_weight(config, start_iter, it):
     return config.critic_alpha * min(1.0, max(0.0, progress))
 
 
+def weighted(config, start_iter, it, losses):
+    """main + sampler + critic, the critic's weighted by its schedule; a frozen trunk has no main loss."""
+    weights = {'main': float(not config.freeze_trunk), 'sampler': 1.0, 'critic': critic_weight(config, start_iter, it)}
+    return sum(weights[name] * value for name, value in losses.items())
+
+
+def rows_to_learn_from(config, current_stage, share):
+    """sampler_rows, critic_rows and block_rows of this process in this stage; 0 for what does not learn."""
+    on = config.add_sampler_head and current_stage >= 2, current_stage == 3, config.block_rows > 0
+    rows = config.sampler_rows, config.critic_rows, config.block_rows
+    return [max(1, n // share) if learns else 0 for learns, n in zip(on, rows)]
+
+
 def lr_factor(config, it, start=0):
     """Learning rate at it, as a share of the highest, of a part that begins to learn at start.
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 import checkpoint
-import judge
 import memory
 import signals
+import trunk
 from configurator import configure
 from corpus import DATA_DIR, load_or_prepare
 from device import autocast, bfloat16_speedup, pick_device, pick_dtype
@@ -33,7 +33,9 @@ from model import GPT, GPTConfig
 from noise import derive
 from objectives import make_objective
 from optimizers import make_optimizers
-from schedules import critic_weight, describe_stage, evaluation_is_due, lr_factor, save_is_due, stage
+from progress import duration
+from schedules import (describe_stage, evaluation_is_due, lr_factor, rows_to_learn_from, save_is_due, stage,
+                       weighted)
 from settings import check, help_text
 
 # -----------------------------------------------------------------------------
@@ -85,6 +87,7 @@ critic_alpha = 1.0          # weight of its loss
 critic_rows = 2             # sequences of a micro-batch that are decoded for the critic
 # optimizer
 freeze_trunk = False        # train the heads alone
+trunk_checkpoint = ''       # of the finished model whose trunk this one starts with
 learning_rate = 1e-3        # AdamW: embeddings, biases, the recurrent state
 muon_learning_rate = 0.02   # Muon: every other matrix
 max_iters = 8000            # iterations, those before a resume counted in
@@ -230,8 +233,11 @@ def build(config, corpus, saved, processes, share):
         generator.to(processes.device)
     if not saved:
         processes.print0('Initializing a new model from scratch')
-        if generator and judge.start_from(model, generator):
+        if generator and trunk.copy(generator, model):
             processes.print0("The judge starts from the generator's trunk")
+        if config.trunk_checkpoint:
+            trunk.start_from(model, config.trunk_checkpoint, corpus.meta)
+            processes.print0(f'The trunk is that of {config.trunk_checkpoint}')
     model.to(processes.device)
     scaler = torch.amp.GradScaler(processes.device.split(':')[0], enabled=config.dtype == 'float16')
     start_iter = {'trunk': 0, 'sampler': config.start_sampler_iteration, 'critic': config.start_critic_iteration}
@@ -284,23 +290,11 @@ def set_learning_rates(config, state, it):
         for optimizer, lr in zip(optimizers, (config.muon_learning_rate, config.learning_rate)):
             optimizer.param_groups[0]['lr'] = lr * lr_factor(config, it, state.start_iter[part])
 
+
 def next_batch(config, corpus, objective, seed, n, device):
     """n sequences of the training split, (n, block_size) int64, chosen by the seed of the micro-step."""
     rows = corpus.random_rows('train', n, config.block_size + objective.extra_tokens, np.random.default_rng(seed))
     return torch.from_numpy(rows).to(device, non_blocking=True)
-
-
-def rows_to_learn_from(config, current_stage, share):
-    """sampler_rows, critic_rows and block_rows of this process in this stage; 0 for what does not learn."""
-    on = config.add_sampler_head and current_stage >= 2, current_stage == 3, config.block_rows > 0
-    rows = config.sampler_rows, config.critic_rows, config.block_rows
-    return [max(1, n // share) if learns else 0 for learns, n in zip(on, rows)]
-
-
-def weighted(config, start_iter, it, losses):
-    """main + sampler + critic, the critic's weighted by its schedule; a frozen trunk has no main loss."""
-    weights = {'main': float(not config.freeze_trunk), 'sampler': 1.0, 'critic': critic_weight(config, start_iter, it)}
-    return sum(weights[name] * value for name, value in losses.items())
 
 
 def update(config, state):
@@ -384,12 +378,12 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
 
 
 def log_losses(config, state, log, values, ms):
-    """The guide's line: total and parts, milliseconds per iteration; and the same for metrics.jsonl."""
+    """The guide's line, and behind it how long the rest takes at this pace; and the figures for metrics.jsonl."""
     it = state.iter_num
     total = weighted(config, state.start_iter, it, values)
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f'iter {it}: loss {total:.4f} ({", ".join(f"{k} {v:.4f}" for k, v in values.items())}), time {ms:.2f}ms, '
-          f'{tokens / ms * 1000:,.0f} tokens/s', flush=True)
+          f'{tokens / ms * 1000:,.0f} tokens/s, {duration((config.max_iters - it) * ms / 1000)} left', flush=True)
     rate = config.learning_rate * lr_factor(config, it)
     log.write({'iter': it, 'loss': total, 'ms': ms, 'learning_rate': rate} | values)
 

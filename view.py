@@ -1,8 +1,9 @@
-"""Makes a page of how samples were decoded, from one or two files of sample_simple.py --save.
+"""Makes a page of how samples were decoded, from one or two files of sample_simple.py --save, or an animated SVG.
 
     python sample_simple.py --iterations 15 --save a.json
     python sample_simple.py --iterations 15 --disable-sampler --save b.json
     python view.py a.json b.json -o compare.html
+    python view.py a.json b.json -o decoding.svg
 
 The page, view.html with the data in it, needs no network. All text in it comes from files, so none of it is ever read
 as HTML: the data are JSON in which < is escaped, and the page shows them as plain text.
@@ -15,6 +16,7 @@ import zlib
 
 import numpy as np
 
+import svg
 from corpus import Tokenizer
 from errors import InputError, run
 from files import require_file, write_atomically
@@ -22,25 +24,30 @@ from files import require_file, write_atomically
 SCHEMA = 2                  # of the files that it reads
 MASKED, REMASKED = 1, 2     # bits of a position's flags in a pass, as view.html reads them
 # settings that change no sample, or that another one says
-UNSHOWN = {'save', 'verbose', 'no_progress', 'disable_sampler', 'no_revise'}
+UNSHOWN = {'save', 'animate', 'verbose', 'no_progress', 'disable_sampler', 'no_revise'}
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'view.html')
 
 
-def arguments():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('files', nargs='+', metavar='FILE', help='one or two files that sample_simple.py --save wrote')
     parser.add_argument('-o', '--output', default='compare.html', metavar='PAGE',
-                        help='page to write (default: compare.html)')
-    return parser.parse_args()
+                        help='page to write, or an animated picture, x.svg (default: compare.html)')
+    parser.add_argument('--sample', type=int, default=0, metavar='N',
+                        help='which sample the picture shows (default: 0); the page shows all')
+    return parser
 
 
 def main():
-    args = arguments()
+    args = parser().parse_args()
     if len(args.files) > 2:
         raise InputError(f'found {len(args.files)} files, wanted one, or two to compare')
-    if not args.output.endswith(('.html', '.htm')) or os.path.realpath(args.output) == TEMPLATE:
-        raise InputError(f'-o {args.output!r}, wanted the name of a page, such as compare.html')
-    write_atomically(args.output, page([(path, read(path)) for path in args.files]).encode())
+    if not args.output.endswith(('.html', '.htm', '.svg')) or os.path.realpath(args.output) == TEMPLATE:
+        raise InputError(f'-o {args.output!r}, wanted the name of a page, such as compare.html, or of an animated '
+                         f'picture, such as decoding.svg')
+    saves = [(path, read(path)) for path in args.files]
+    made = picture(saves, args.sample) if args.output.endswith('.svg') else page(saves)
+    write_atomically(args.output, made.encode())
     print(f'saved {args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, open it in a browser')
 
 
@@ -65,18 +72,27 @@ def read(path):
 
 def page(saves):
     """The HTML of the page: saves is a list of (name, what --save wrote). InputError for damaged data."""
-    runs = []
-    for name, saved in saves:
-        try:
-            runs.append(pack(name, saved))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f'{name!r} is damaged ({type(error).__name__}: {error}); write it again with '
-                             f'sample_simple.py --save') from error
+    runs = [undamaged(name, pack, name, saved) for name, saved in saves]
     data = {'runs': runs, 'settings': setting_rows([saved['settings'] for _, saved in saves])}
     with open(TEMPLATE, encoding='utf-8') as f:
         return f.read().replace('{{data}}', json.dumps(data).replace('<', '\\u003c'), 1)
+
+
+def picture(saves, sample):
+    """The animated SVG of one sample of each run. InputError for damaged data, or where there is no such sample."""
+    titles = [', '.join(undamaged(name, pack, name, saved)['facts'][-4:-2]) for name, saved in saves]
+    return undamaged(saves[0][0], svg.animated, list(zip(titles, [saved for _, saved in saves])), sample)
+
+
+def undamaged(name, function, *args):
+    """What function(*args) makes of a file's data. InputError with the file's name where they are damaged."""
+    try:
+        return function(*args)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f'{name!r} is damaged ({type(error).__name__}: {error}); write it again with '
+                         f'sample_simple.py --save') from error
 
 
 # -----------------------------------------------------------------------------

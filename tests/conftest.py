@@ -32,11 +32,11 @@ TINY = ['config/train_char_diffusion_sampler.py', '--n_layer=2', '--n_head=2', '
 NO_HEADS = ['--add_sampler_head=False', '--add_critic_head=False']
 
 
-def run_script(name, *args):
+def run_script(name, *args, cwd=ROOT):
     """Run a script of the repository in this process, with fresh globals -> (exit status, stdout, stderr)."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(ROOT)
+        patch.chdir(cwd)
         patch.setattr(sys, 'argv', [name, *map(str, args)])
         try:
             runpy.run_path(os.path.join(ROOT, name), run_name='__main__')

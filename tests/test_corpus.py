@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -91,3 +92,26 @@ def test_meta_is_json_that_names_its_source(toy_data):
 def test_masks_show_in_unfinished_text():
     tokenizer = corpus.Tokenizer({'kind': 'char', 'chars': ['a', 'b'], 'vocab_size': 3, 'name': 'x'})
     assert tokenizer.decode([0, 2, 1, 2]) == 'a_b_'
+
+
+def test_a_folder_of_files_in_the_order_of_their_names(tmp_path):
+    for name, text in (('b.txt', 'second'), ('a.txt', 'first'), ('deep/c.txt', 'third'), ('d.md', 'other')):
+        (tmp_path / 'texts' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'texts' / name).write_text(text)
+    done = prepare(tmp_path / 'texts', '--name', 'mine', '--data-dir', tmp_path)
+    assert done.returncode == 0, done.stderr
+    c = corpus.Corpus('mine', str(tmp_path))
+    assert c.tokenizer.decode([*c.splits['train'], *c.splits['val']]) == 'first\nsecond\nthird'
+    assert c.meta['source'] == 'texts'
+    done = prepare(tmp_path / 'texts', '--suffix', '.rst', '--name', 'none', '--data-dir', tmp_path)
+    assert done.returncode == 2 and "ends in '.rst'" in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_byte_pairs_of_any_text(tmp_path, script, monkeypatch):
+    encoding = types.SimpleNamespace(encode_ordinary=lambda text: list(text.encode()))
+    monkeypatch.setattr(corpus, 'gpt2_encoding', lambda: encoding)
+    (tmp_path / 'my.txt').write_text('to be ' * 20)
+    status, out, err = script('data/text_char/prepare.py', tmp_path / 'my.txt', '--byte-pairs', '--name', 'mine',
+                              '--data-dir', tmp_path)
+    assert status == 0 and 'vocabulary: 50,258 with [MASK]' in out, err
+    assert corpus.Corpus('mine', str(tmp_path)).meta['kind'] == 'gpt2'

@@ -40,3 +40,15 @@ def test_what_it_refuses(script, trained_once, tmp_path):
 def test_it_cannot_be_resumed_and_says_so(script, refused, trained_once, tmp_path):
     script('export.py', trained_once[0] / 'ckpt.pt', tmp_path / 'ckpt.pt')
     assert 'lacks best_val_loss, optimizer' in refused(tmp_path, '--init_from=resume', '--max_iters=20')
+
+
+def test_the_shipped_model_stands_in_until_one_is_trained(script, trained_once, tmp_path, monkeypatch):
+    """For the defaults alone: another folder or name is a mistake that wants to be told."""
+    script('export.py', trained_once[0] / 'ckpt.pt', tmp_path / 'small.pt')
+    monkeypatch.setattr('generation.SHIPPED', str(tmp_path / 'small.pt'))
+    (tmp_path / 'elsewhere').mkdir()
+    for arguments, status, said in (([], 0, 'this is the shipped model'), (['--out-dir', 'mine'], 2, 'no checkpoint'),
+                                    (['--checkpoint-name', 'best.pt'], 2, 'no checkpoint')):
+        found, out, err = script('sample_simple.py', '--num-samples', 1, '--iterations', 1, '--no-progress', *arguments,
+                                 cwd=tmp_path / 'elsewhere')
+        assert found == status and said in out + err

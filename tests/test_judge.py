@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import judge
+import trunk
 from configurator import read_file
 from conftest import ROOT, TINY, tiny_model
 from filling import Wavefront
@@ -84,10 +85,10 @@ def test_a_generator_without_heads_is_enough():
 def test_a_judge_starts_from_its_generators_trunk():
     generator = tiny_model(seed=1)
     fresh = tiny_model(seed=2, heads=False, model_mode='sequence_scorer')
-    assert judge.start_from(fresh, generator)
+    assert trunk.copy(generator, fresh)
     x = text(2)
     assert torch.equal(fresh(x), generator(x))
-    assert not judge.start_from(tiny_model(heads=False, model_mode='sequence_scorer', n_layer=1), generator)
+    assert not trunk.copy(generator, tiny_model(heads=False, model_mode='sequence_scorer', n_layer=1))
 
 
 class Tells(torch.nn.Module):

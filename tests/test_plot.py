@@ -95,7 +95,8 @@ def test_a_torn_line_and_a_figure_that_is_no_number_are_left_out(tmp_path, drawn
 
 
 @pytest.mark.parametrize('content, message', [
-    (None, "no '"), ('', 'no figures'), ('{"torn', 'no figures'), ('[1]\n', 'no figures'), ('{"loss": 1}\n', 'no figures'),
+    (None, "no '"), ('', 'no figures'), ('{"torn', 'no figures'), ('[1]\n', 'no figures'),
+    ('{"loss": 1}\n', 'no figures'),
     ('{"iter": "x"}\n', 'no figures'), ('{"iter": 1, "main": "x"}\n', 'other than figures'),
     ('{"iter": 1, "main": 1e999}\n', 'other than figures'), ('{"iter": 1, "main": null}\n', 'no figures'),
     (b'\xff\xfe\x00', 'no figures')])

@@ -44,15 +44,16 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(train, tmp_path):
 
 
 def test_schedules_by_hand_and_at_both_ends():
+    import schedules
     import train
     config = SimpleNamespace(**train.settings | dict(add_sampler_head=True, add_critic_head=True))
     start = {'sampler': 1000, 'critic': 3000}
-    assert [train.stage(config, start, it) for it in (0, 999, 1000, 2999, 3000, 10 ** 6)] == [1, 1, 2, 2, 3, 3]
-    assert [train.critic_weight(config, start, it) for it in (0, 3000, 4000, 5000, 9000)] == [0, 0, 0.5, 1, 1]
+    assert [schedules.stage(config, start, it) for it in (0, 999, 1000, 2999, 3000, 10 ** 6)] == [1, 1, 2, 2, 3, 3]
+    assert [schedules.critic_weight(config, start, it) for it in (0, 3000, 4000, 5000, 9000)] == [0, 0, 0.5, 1, 1]
     config.max_iters, config.warmup_iters = 1100, 100
 
     def lr_factor(it, start=0):
-        return train.lr_factor(config, it, start)
+        return schedules.lr_factor(config, it, start)
     assert lr_factor(0) == pytest.approx(1 / 101) and lr_factor(100) == 1
     assert lr_factor(600) == pytest.approx(0.5) and lr_factor(1100) == lr_factor(5000) == 0
     assert lr_factor(499, 500) == 0 and lr_factor(600, 500) == 1, 'a head warms up when it begins'

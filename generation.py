@@ -1,0 +1,226 @@
+"""Generating text as the flags of sample_simple.py ask: given text, decoding, scores, what is shown and saved."""
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from tqdm import tqdm
+
+import memory
+import signals
+from animate import Animation
+from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
+from choices import ANY_PASSES
+from decoding import blocks, default_config, default_ratios, generate, linear_ratios
+from device import autocast, pick_device, pick_dtype
+from errors import InputError
+from files import write_atomically
+from judge import Judge
+from plans import check_plan
+from prompts import given_text, is_prefix
+
+SCHEMA = 2    # of the file that --save writes
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrained', 'tiny_shakespeare.pt')
+
+
+def checkpoint_path(args):
+    """The checkpoint that the flags name; the shipped model while there is no folder that the defaults name."""
+    path = os.path.join(args.out_dir, args.checkpoint_name)
+    if path == os.path.join('out-char-diffusion', 'ckpt.pt') and not os.path.exists(args.out_dir) \
+            and os.path.isfile(SHIPPED):
+        print(f'no {args.out_dir} yet: this is the shipped model; '
+              f'python train.py config/train_char_diffusion_sampler.py trains your own')
+        return SHIPPED
+    return path
+
+
+def decoder_config(args, model, path, prefix_only=True):
+    """The DecoderConfig that the flags ask for: the defaults, changed by each flag that was given.
+
+    prefix_only: no text is given but at the front, see prompts.is_prefix.
+    """
+    if args.order == 'critic' and model.critic_head is None:
+        raise InputError(f'{path!r} has no critic head, which --order critic needs')
+    use_sampler = False if args.disable_sampler else None
+    given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
+    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), seed=args.seed,
+                            top_p=args.top_p, temperature=args.temperature, end_temperature=args.end_temperature,
+                            revise=not args.no_revise, randomness_strength=args.randomness_strength,
+                            corrections=args.corrections, correction_ratio=args.correction_ratio,
+                            threshold=args.threshold or 0.0, **given)
+    config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
+    check_plan(config.plan, config.plan_passes)
+    if config.plan != 'wavefront' and args.seed_text and args.seed_placement == 'random':
+        raise InputError(f'--plan {config.plan} needs the same places in every sample; found --seed-placement random, '
+                         f'which --plan wavefront takes')
+    revisions = args.iterations - config.plan_passes
+    if revisions < 0:
+        raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
+    if args.masking_ratios is not None:
+        if len(args.masking_ratios) != revisions:
+            raise InputError(f'--plan {config.plan} leaves {revisions} iterations to revise, found '
+                             f'{len(args.masking_ratios)} --masking-ratios')
+        config.mask_ratios = tuple(args.masking_ratios)
+    elif revisions:
+        start, end = (default if given is None else given for default, given in zip(
+            default_ratios(args.iterations), (args.start_ratio, args.end_ratio)))
+        config.mask_ratios = tuple(linear_ratios(revisions + 1, start, end))
+    else:
+        config.mask_ratios = ()
+    return config
+
+
+def asks_to_revise(args):
+    """Was a flag given that only means something where tokens are remasked or resampled?"""
+    return args.order is not None or args.start_ratio is not None or args.end_ratio is not None \
+        or args.masking_ratios is not None or args.schedule_mode == 'threshold' or args.no_revise \
+        or args.randomness_strength > 0 or args.plan_passes is not None
+
+
+def load_judge(args, corpus, device):
+    """The judge, from --out-dir or a path of its own."""
+    path = args.judge_checkpoint_name
+    if not os.path.exists(path):
+        path = os.path.join(args.out_dir, path)
+    model, _, saved = load_model(path)
+    require_same_vocabulary(saved['corpus'], path, corpus)
+    return Judge(model.to(device), path, saved['corpus'])
+
+
+def record(step, i):
+    """What sequence i of a batch became in one pass, as --save writes it: plain values. step: see decode_block."""
+    per_token = {'input_masked': step['xt'], 'output_unmasked': step['x'], 'wave': step['wave'],
+                 'remask_score': step['remask_score']}
+    remasked = (step['remasked'][i].nonzero()[:, 0] + step['start']).tolist()
+    return {'iteration': step['pass'], 'block_start': step['start']} \
+        | {name: values[i].tolist() for name, values in per_token.items()} | {'remasked_indices': remasked}
+
+
+class Stopped(Exception):
+    """A signal came: the batch at hand is given up."""
+
+
+class Progress:
+    """Shows every pass, on a bar, in lines or as an Animation of the first sample, and keeps it for --save.
+
+    It ends with Stopped after a signal.
+    """
+
+    def __init__(self, args, tokenizer, total, stop, animation=None):
+        self.args, self.tokenizer, self.stop, self.animation = args, tokenizer, stop, animation
+        self.lines = not args.no_progress and not sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit='pass', disable=args.no_progress or self.lines or animation is not None)
+        self.history = []
+
+    def begin(self, sequences):
+        self.sequences, self.first = sequences, len(self.history)
+        self.history += [[] for _ in sequences]
+
+    def __call__(self, step):
+        if self.stop.number:
+            raise Stopped
+        self.bar.update()
+        if self.lines:
+            print(f'samples {self.sequences[0]}-{self.sequences[-1]}, from token {step["start"]}, pass '
+                  f'{step["pass"] + 1}: {step["remasked"].float().mean().item():.0%} left to fill', file=sys.stderr)
+        if self.args.verbose and self.sequences[0] == 0:
+            ids = torch.where(step['remasked'], self.tokenizer.mask_id, step['x'])[0].tolist()
+            tqdm.write(f'--- pass {step["pass"] + 1}\n' + self.tokenizer.decode(ids))
+        if self.animation and self.sequences[0] == 0:
+            self.animation.show(record(step, 0))
+        if self.args.save:
+            for i, passes in enumerate(self.history[self.first:]):
+                passes.append(record(step, i))
+
+
+def decode(args, model, x, free, config, device, dtype, progress):
+    """Decode in batches: tokens (lists), the critic's mean chance that each is real, forward passes, waves.
+
+    Where a signal comes, those of the batches that are done.
+    """
+    tokens, p_real, passes, waves = [], [], 0, 0
+    for start in range(0, args.num_samples, args.batch_size):
+        part = slice(start, min(start + args.batch_size, args.num_samples))
+        progress.begin(range(part.start, part.stop))
+        try:
+            with autocast(device, dtype):
+                decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences,
+                                   progress)
+        except Stopped:
+            break
+        tokens += decoded.x.tolist()
+        if decoded.p_generated is not None:
+            n_free = free[part].sum(1).clamp(min=1)
+            p_real += (1 - decoded.p_generated.sum(1).cpu() / n_free).tolist()
+        passes, waves = passes + decoded.passes, waves + decoded.waves
+    progress.bar.close()
+    return tokens, p_real, passes, waves
+
+
+def generate_text(args):
+    """Decode, score, show and save what the flags of sample_simple.py ask for."""
+    # 1. model, judge, prompts
+    path = checkpoint_path(args)
+    model, tokenizer, saved = load_model(path)
+    require_generator(model, path)
+    x, free = given_text(args, tokenizer, model.config.block_size)
+    length = x.size(1)
+    config = decoder_config(args, model, path, is_prefix(args, free))
+    if args.quality_metric == 'node' and model.critic_head is None:
+        raise InputError(f'{path!r} has no critic head, which --quality-metric node needs')
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
+    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
+    if judge and not judge.is_scorer and length < 2:
+        raise InputError('--sequence-length is 1, and a causal judge scores what follows the first token; wanted 2')
+    tokens = min(args.num_samples, args.batch_size) * min(length, model.config.block_size)
+    memory.require(memory.of_activations(model.config, tokens) // model.config.n_layer, device,
+                   f'decoding {tokens} tokens at a time')
+    print(f'{path}: iteration {saved["iter_num"]}, trained on {saved["corpus"]["name"]}; decoding '
+          f'{"by wavefront" if config.use_sampler else "naively"}, {config.passes} iterations, {device}, {dtype}, '
+          f'seed {args.seed}')
+    for head in untrained_heads(saved):
+        print(f'note: the {head} head had not begun to learn when this was saved; --disable-sampler decodes without it')
+    if not free.any():
+        print('note: --seed-text fills the sequence, nothing is left to generate')
+
+    # 2. decode
+    n_batches = math.ceil(args.num_samples / args.batch_size)
+    n_passes = n_batches * len(blocks(length, model.config.block_size)) * config.passes
+    with Animation(x[0].tolist(), tokenizer, args.animate) if args.animate else nullcontext() as animation, \
+            signals.noted('this pass, with the samples that are done') as stop:
+        progress = Progress(args, tokenizer, n_passes, stop, animation)
+        clock = time.perf_counter()
+        tokens, p_real, passes, waves = decode(args, model, x, free, config, device, dtype, progress)
+        seconds = time.perf_counter() - clock - (animation.seconds if animation else 0)
+
+    # 3. score, show, save
+    texts, scores, meaning = [tokenizer.decode(ids) for ids in tokens], [], ''
+    if judge and tokens:
+        ids = torch.tensor(tokens).split(args.batch_size)
+        scores = [score for part in ids for score in judge.score(part.to(device)).tolist()]
+        meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'
+    elif args.quality_metric != 'none' and p_real and free.any():
+        scores, meaning = p_real, 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
+    for i, text in enumerate(texts):
+        print(f'--- sample {i}' + (f', quality {scores[i]:.3f}' if scores else '') + f'\n{text}')
+    print('---')
+    if scores:
+        print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
+    print(f'{len(tokens)} samples of {length} tokens in {seconds:.2f} s: {passes} forward passes, {waves} waves, '
+          f'{int(free[:len(tokens)].sum()) / seconds:,.0f} tokens/s')
+    if args.save and tokens:
+        samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
+                    'iterations': progress.history[i]} for i, (text, ids) in enumerate(zip(texts, tokens))]
+        settings = vars(args) | vars(config) | {'device': device, 'dtype': dtype, 'checkpoint': path}
+        write_atomically(args.save, json.dumps({
+            'schema': SCHEMA, 'settings': settings, 'vocabulary': saved['corpus'], 'mask_id': tokenizer.mask_id,
+            'seconds': seconds, 'forward_passes': passes, 'waves': waves, 'samples': samples}).encode())
+        print(f'saved {args.save}')
+    if stop.number:
+        print(f'{signals.name_of(stop.number)} after {len(tokens)} of {args.num_samples} samples', file=sys.stderr)
+        sys.exit(128 + stop.number)

@@ -1,0 +1,17 @@
+"""How far a long step is: bars on standard error, none where that is no terminal; how long a run will still take."""
+import sys
+
+from tqdm import tqdm
+
+
+def bar(steps, what, show=True):
+    """Go through steps, with a bar that is gone when they are done; show False: without."""
+    return tqdm(steps, what, leave=False, disable=not (show and sys.stderr.isatty()))
+
+
+def duration(seconds):
+    """'50 s', '12 min', '3 h 05 min': as exact as an estimate deserves."""
+    if seconds < 99.5:
+        return f'{seconds:.0f} s'
+    minutes = round(seconds / 60)
+    return f'{minutes} min' if minutes < 100 else f'{minutes // 60} h {minutes % 60:02} min'
