@@ -30,7 +30,7 @@ from configurator import configure
 from decoding import default_config, generate
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
-from files import write_atomically
+from files import make_folder, write_atomically
 from filling import Naive, Wavefront
 from model import GPT, GPTConfig
 from settings import check
@@ -66,8 +66,7 @@ def arguments():
     check(config)
     config.device = pick_device(config.device)
     config.dtype = pick_dtype(config.dtype, config.device)
-    if not os.path.isdir(args.out_dir):
-        raise InputError(f'--out-dir {args.out_dir!r} is no folder; make it first')
+    make_folder(args.out_dir)
     return args, config, settings
 
 

@@ -101,6 +101,10 @@ def run_here(folder, script, args):
         more += ['--sequence-length', 64] if '--sequence-length' in args else []
     elif script == 'evaluate.py':
         more = ['--num-samples', 2, '--passes', 2, '--temperatures', 1, '--data-dir', folder / 'data', '--overwrite']
+    elif script == 'bench.py':
+        if '--nanogpt' in args:    # which is not here
+            args = args[:args.index('--nanogpt')] + args[args.index('--nanogpt') + 2:]
+        more = ['--rounds', 1, '--quick', *SMALL]
     else:
         more = []
     status, out, err = run_script(script, *args, *more, cwd=folder)
