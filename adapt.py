@@ -38,7 +38,7 @@ class Adapted(nn.Module):
         self.trunk, self.mask_id = trunk, V - 1
         self.config = SimpleNamespace(block_size=block_size, vocab_size=V,
                                       sampler_min_neighbors_ratio=sampler_min_neighbors_ratio)
-        self.wte = SimpleNamespace(weight=trunk.embeddings.detach())
+        self.wte = nn.Embedding.from_pretrained(trunk.embeddings.detach())    # frozen
         probe = torch.randn(4, C, dtype=self.wte.weight.dtype, device=self.wte.weight.device)
         if not torch.allclose(trunk.logits(probe), probe @ self.wte.weight[:-1].T, rtol=1e-3, atol=1e-4):
             raise ValueError('trunk.logits(h) is not h @ trunk.embeddings[:-1].T, wanted the embeddings of its output '

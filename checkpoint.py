@@ -79,9 +79,10 @@ def refuse_to_replace(path, config):
         if not (config.overwrite or config.eval_only):
             raise InputError(f'{found!r} exists and a new run would replace it; go on with --init_from=resume, choose '
                              f'another --out_dir, or replace it with --overwrite=True')
-    if config.generator_checkpoint and os.path.realpath(config.generator_checkpoint) == os.path.realpath(path):
-        raise InputError(f'the judge would replace its generator {path!r}; choose another --out_dir or '
-                         f'--checkpoint_name')
+    for source in filter(None, (config.generator_checkpoint, config.trunk_checkpoint)):
+        if os.path.realpath(source) in map(os.path.realpath, (path, best_path_of(config), last_path_of(config))):
+            raise InputError(f'the run would replace {source!r}, which it begins with; choose another --out_dir or '
+                             f'--checkpoint_name')
 
 
 # -----------------------------------------------------------------------------
@@ -113,14 +114,21 @@ def save(path, checkpoint):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def save_where_due(config, checkpoint, better):
-    """Write checkpoint to each of paths_to_save, which are yielded when written; what ckpt.pt makes obsolete goes."""
+def save_where_due(config, checkpoint, better, first):
+    """Write checkpoint to each of paths_to_save, which are yielded when written; what that makes obsolete goes.
+
+    first: of a run from scratch, which replaces every checkpoint that another one left.
+    """
     for path in paths_to_save(config, better):
         save(path, checkpoint)
         yield path
+        obsolete = {best_path_of(config), path_of(config), last_path_of(config)} if first else set()
         if path == path_of(config):
+            obsolete.add(last_path_of(config))
+        for other in obsolete - {path}:
             with suppress(OSError):
-                os.remove(last_path_of(config))
+                os.remove(other)
+        first = False
 
 
 def load(path):

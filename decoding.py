@@ -149,7 +149,8 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     if config.plan != 'wavefront' and free.any():
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
-        config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)    # the last ones may be given
+        if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
+            config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
     score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
     stale, busy = torch.zeros_like(free), range(len(x))    # positions to rescore; sequences with masks
@@ -203,6 +204,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
                         score[at] = remask_score(prob, critic_logits[at])
                 stale = torch.zeros_like(stale)
         waves += steps
+        state = None if corrections else state    # it has read tokens that were resampled since
 
         # 4. mask the worst again, once the plan is through
         remasked = later

@@ -41,12 +41,13 @@ from metrics import Reference, describe
 from ngram import NGram
 from plans import ANY_PASSES
 from settings import SEEDS, Range, check_range
+from timing import synchronize
 
 BATCH = 32    # samples decoded at a time
 EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
 # what decides the results besides the files; report.py only presents them
-SOURCES = ('autoregressive', 'blocks', 'critic', 'decoding', 'diffusion', 'evaluate', 'judge', 'layers', 'metrics',
-           'model', 'ngram', 'noise', 'plans', 'sampler')
+SOURCES = ('autoregressive', 'blocks', 'cache', 'critic', 'decoding', 'diffusion', 'evaluate', 'filling', 'judge',
+           'layers', 'metrics', 'model', 'ngram', 'noise', 'plans', 'sampler')
 
 
 # -----------------------------------------------------------------------------
@@ -236,7 +237,7 @@ class Evaluation:
     def decode(self, setting, sequences):
         """Samples with these numbers, (B, T) ids, and the seconds they took."""
         B = len(sequences)
-        self.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         with autocast(self.device, self.dtype):
             if setting.decoder == BASELINE:
@@ -247,12 +248,8 @@ class Evaluation:
                 x = torch.full((B, self.length), self.tokenizer.mask_id, device=self.device)
                 free = torch.ones_like(x, dtype=torch.bool)
                 x = decoding.generate(self.model, x, free, setting.decoder_config(self.seed), sequences).x
-        self.synchronize()
+        synchronize(self.device)
         return x, time.perf_counter() - start
-
-    def synchronize(self):
-        if self.device.startswith('cuda'):
-            torch.cuda.synchronize()
 
     def run(self, settings, progress, stop):
         """Measure the settings that are not measured yet, and keep each as soon as it is; end where stop says so."""

@@ -13,8 +13,9 @@ import torch
 import checkpoint
 from errors import InputError, run
 
-KEPT = ('model_args', 'iter_num', 'corpus', 'commit')
-LOCAL = ('out_dir', 'data_dir', 'generator_checkpoint', 'wandb_log', 'wandb_project', 'wandb_run_name')
+KEPT = ('model_args', 'iter_num', 'start_iter', 'corpus', 'commit')
+LOCAL = ('out_dir', 'data_dir', 'generator_checkpoint', 'trunk_checkpoint', 'wandb_log', 'wandb_project',
+         'wandb_run_name')
 
 
 def exported(saved, dtype=torch.bfloat16):

@@ -59,7 +59,8 @@ def parser_tables(parser):
     """Markdown for the flags of a parser: one table for each group that has any."""
     lines = []
     for group in parser._action_groups:    # argparse offers no other way to ask for them
-        actions = [a for a in group._group_actions if not isinstance(a, argparse._HelpAction)]
+        actions = [a for a in group._group_actions
+                   if not isinstance(a, argparse._HelpAction) and a.help is not argparse.SUPPRESS]
         if actions:
             titles = {'options': 'flags', 'positional arguments': 'files'}
             lines += [f'### {titles.get(group.title, group.title)}', '', *header('flag')]
@@ -72,7 +73,7 @@ def action_row(action):
     values = '{' + ','.join(map(str, action.choices)) + '}' if action.choices else ''
     plain = action.default in (None, False, '', argparse.SUPPRESS)
     meaning = action.help % {'default': action.default, 'prog': ''}
-    said = re.search(r' \(default( [^:()]*)?: ([^()]*)\)', meaning)    # in the help's own words
+    said = re.search(r'(?:^| )\(default( [^:()]*)?: ([^()]*)\)', meaning)    # in the help's own words
     default = '' if plain else f'`{action.default}`'
     if said:
         default = f'{said[1].strip()}: {said[2]}' if said[1] else said[2]

@@ -46,6 +46,8 @@ def decoder_config(args, model, path, prefix_only=True):
         raise InputError(f'{path!r} has no critic head, which --order critic needs')
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
+    if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
+        given.setdefault('plan', 'blocks')    # left-to-right, as flags that revise have it, takes one pass
     config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), seed=args.seed,
                             top_p=args.top_p, temperature=args.temperature, end_temperature=args.end_temperature,
                             revise=not args.no_revise, randomness_strength=args.randomness_strength,
@@ -59,6 +61,9 @@ def decoder_config(args, model, path, prefix_only=True):
     revisions = args.iterations - config.plan_passes
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
+    if args.plan and not revisions and args.iterations > 1 and asks_to_revise(args) and args.plan_passes is None:
+        raise InputError(f'--plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
+                         f'which another flag asks for; give a smaller --plan-passes')
     if args.masking_ratios is not None:
         if len(args.masking_ratios) != revisions:
             raise InputError(f'--plan {config.plan} leaves {revisions} iterations to revise, found '

@@ -21,6 +21,7 @@ from filling import Wavefront
 from likelihood import log_likelihood
 from metrics import mean_error
 from plans import Plan, make_plan
+from timing import synchronize
 
 SEQUENCES = 432    # validation sequences, as many as train.py's evaluations have
 BATCH = 32         # sequences scored, and sampled for the seconds, at a time
@@ -96,10 +97,10 @@ def timed(evaluation, function, repeats=3):
     """Median seconds of function(sequences) for a batch, after a warm-up."""
     times = []
     for _ in range(repeats + 1):
-        evaluation.synchronize()
+        synchronize(evaluation.device)
         start = time.perf_counter()
         function(range(BATCH))
-        evaluation.synchronize()
+        synchronize(evaluation.device)
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[repeats // 2]
 

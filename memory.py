@@ -1,4 +1,5 @@
 """What memory cannot hold is refused before any of it is taken: lower bounds, so that nothing that fits is refused."""
+import math
 import os
 
 import torch
@@ -19,6 +20,8 @@ def available(device):
     """Bytes of memory that the device, 'cpu', 'mps' or 'cuda...', has altogether."""
     if device.startswith('cuda'):
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, 'sysconf'):    # Windows: nothing is refused
+        return math.inf
     total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     try:
         with open(CGROUP) as f:
@@ -48,7 +51,9 @@ def of_activations(config, tokens):
 def require_for_training(config, model_config, device, share):
     """InputError where weights, gradients, moments and the activations of a micro-step, or evaluation, do not fit."""
     tokens = config.batch_size // share * config.block_size
-    needed = 3 * of_model(skeleton(model_config)) + of_activations(config, tokens)
+    needed = of_model(skeleton(model_config))
+    if not (config.eval_only or config.freeze_trunk):
+        needed = 3 * needed + of_activations(config, tokens)
     require(needed, device, f'the model with its optimizer and micro-steps of {config.batch_size // share} x '
                             f'{config.block_size} tokens')
     require(8 * config.eval_rows * config.block_size, device, f'an evaluation with eval_rows={config.eval_rows}')

@@ -71,6 +71,7 @@ def check(config):
     check_together(config)
     if config.init_from == 'scratch':    # else the checkpoint says more
         check_reached(config)
+        check_frozen(config)
 
 
 def check_values(values):
@@ -117,6 +118,9 @@ def check_together(c):
     if c.model_mode == 'sequence_scorer' and c.attention_type == 'causal':
         raise InputError('model_mode=sequence_scorer with attention_type=causal: a judge reads the whole sequence, '
                          'wanted bidirectional')
+    if c.trunk_checkpoint and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
+        raise InputError(f'trunk_checkpoint is of a masked-diffusion model; with attention_type={c.attention_type} and '
+                         f'model_mode={c.model_mode} wanted none')
     check_stages(c)
     if 0 < c.lr_decay_iters <= c.warmup_iters:
         raise InputError(f'lr_decay_iters={c.lr_decay_iters} comes before the warm-up ends, warmup_iters='
@@ -141,6 +145,14 @@ def check_reached(c):
         if getattr(c, f'add_{head}_head') and start > c.max_iters and not c.eval_only:
             raise InputError(f'start_{head}_iteration={start} is never reached, max_iters={c.max_iters}; wanted a '
                              f'larger max_iters, an earlier start, or add_{head}_head=False')
+
+
+def check_frozen(c):
+    """Heads beside a frozen trunk that begin later than at once."""
+    starts = [getattr(c, f'start_{head}_iteration') for head in ('sampler', 'critic') if getattr(c, f'add_{head}_head')]
+    if c.freeze_trunk and min(starts) > 0 and not c.eval_only:
+        raise InputError(f'freeze_trunk=True and the first head begins at iteration {min(starts)}: nothing would train '
+                         f'until then; wanted a start at 0')
 
 
 # -----------------------------------------------------------------------------

@@ -4,7 +4,6 @@ A ratio of two rows is the median over rounds of their ratio within the round.
 """
 import os
 import platform
-import resource
 import time
 from contextlib import contextmanager
 from statistics import median
@@ -65,6 +64,7 @@ def peak_memory(device):
     """Bytes at the highest so far: of the GPU, or of this process."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated()
+    import resource    # not above: Windows has none
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == 'Darwin' else 1024)
 
 
@@ -88,5 +88,5 @@ def machine(device):
         with open('/proc/cpuinfo') as f:
             name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)
     return {'machine': name, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
-            'load_before': round(os.getloadavg()[0], 2), 'torch': torch.__version__,
-            'python': platform.python_version()}
+            'load_before': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
+            'torch': torch.__version__, 'python': platform.python_version()}

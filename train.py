@@ -327,11 +327,12 @@ def evaluate_and_save(config, state, objective, corpus, log, current_stage, proc
     if not math.isfinite(value):
         raise InputError(f'iteration {state.iter_num}: the validation {objective.figure} is {value}; nothing is saved, '
                          f'{last_good(state.saved)}; {HELP}')
-    better = value < state.best_val_loss or config.freeze_trunk    # which does not move it
+    worst = state.best_val_loss * (1 + 1e-6 * config.freeze_trunk)    # a frozen trunk does not move it
+    better = value < worst
     best, state.best_val_loss = state.best_val_loss, min(value, state.best_val_loss)
     if config.eval_only or state.iter_num == 0:
         return
-    if not save(config, state, corpus, better):
+    if not save(config, state, corpus, better) and not state.saved.startswith(repr(checkpoint.best_path_of(config))):
         state.best_val_loss = best    # which is what the files hold
     if state.iter_num == config.max_iters and not state.saved:
         print('no evaluation was better than the first: there is no checkpoint')
@@ -344,7 +345,7 @@ def save(config, state, corpus, better=None):
     """
     contents = checkpoint.contents(state, asdict(state.model.config), vars(config), corpus.meta, better is not None)
     try:
-        for path in checkpoint.save_where_due(config, contents, better):
+        for path in checkpoint.save_where_due(config, contents, better, first=not state.saved):
             state.saved = f'{path!r} of iteration {state.iter_num}'
             print(f'saved {path}', flush=True)
     except WriteError as error:

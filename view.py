@@ -106,6 +106,8 @@ def pack(name, saved):
     ids or scores are wrong is a ValueError.
     """
     passes = [one for sample in saved['samples'] for one in sample['iterations']]
+    if saved['samples'] and not passes:
+        raise InputError(f'{name!r} has no pass: the given text filled every sequence, nothing was generated')
     arrays = [pass_arrays(one, saved['mask_id']) for one in passes]
     tokens, waves, scores, flags = (np.concatenate(parts) for parts in zip(*arrays))
     final = [np.array(sample['tokens'], np.int64) for sample in saved['samples']]

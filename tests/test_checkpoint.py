@@ -92,3 +92,24 @@ def test_a_new_run_beside_a_checkpoint_of_another_name_goes_on(trained, train):
     after = contents_of(trained)
     assert all(after[name] == data for name, data in before.items())
     assert set(after) - set(before) == {'second.pt', 'second_best.pt', 'second_metrics.jsonl'}
+
+
+def test_an_overwritten_run_leaves_nothing_to_resume(train, trained):
+    """Its ckpt.pt stayed until the new run had a better one, and --init_from=resume took it for the new run's."""
+    train(trained, *NO_HEADS, '--always_save_checkpoint=False', '--eval_interval=50', '--overwrite=True',
+          '--save_interval=2', '--max_iters=4')
+    left = {path.name for path in trained.iterdir() if path.suffix == '.pt'}
+    assert left == {'ckpt.pt'} or left == {'ckpt_last.pt'}, 'one run'
+
+
+def test_frozen_heads_do_not_replace_a_better_trunk(train, trained):
+    best = torch.load(trained / 'ckpt_best.pt', weights_only=True)
+    best['best_val_loss'] = 0.5
+    torch.save(best, trained / 'ckpt_best.pt')
+    latest = torch.load(trained / 'ckpt.pt', weights_only=True)
+    latest['best_val_loss'] = 0.5
+    torch.save(latest, trained / 'ckpt.pt')
+    before = (trained / 'ckpt_best.pt').read_bytes()
+    train(trained, '--init_from=resume', '--freeze_trunk=True', '--max_iters=18')
+    assert (trained / 'ckpt_best.pt').read_bytes() == before
+    assert torch.load(trained / 'ckpt.pt', weights_only=True)['iter_num'] == 18

@@ -11,7 +11,7 @@ def test_a_small_file_decodes_as_its_checkpoint(script, trained_once, tmp_path):
     assert status == 0 and 'iteration 12' in out, err
     assert (tmp_path / 'small.pt').stat().st_size < whole.stat().st_size / 3
     small = checkpoint_in(tmp_path, 'small.pt')
-    assert set(small) == {'model_args', 'model', 'iter_num', 'corpus', 'commit', 'config'}
+    assert set(small) == {'model_args', 'model', 'iter_num', 'start_iter', 'corpus', 'commit', 'config'}
     assert str(tmp_path.parent) not in repr({k: v for k, v in small.items() if k != 'model'})
     rounded = torch.load(whole, weights_only=True)
     assert all(torch.equal(rounded['model'][name].bfloat16(), w) for name, w in small['model'].items())
