@@ -64,6 +64,9 @@ def peak_memory(device):
     """Bytes at the highest so far: of the GPU, or of this process."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated()
+    if platform.system() == 'Linux':    # whose ru_maxrss is that of the process that started this one, if that is more
+        with open('/proc/self/status') as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith('VmHWM'))
     import resource    # not above: Windows has none
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == 'Darwin' else 1024)
 

@@ -1,5 +1,7 @@
 """The benchmark at a tiny size: every row and ratio is there, pairs are interleaved, nanoGPT's model.py fits in."""
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,3 +97,12 @@ def test_timing_parts_changes_no_token():
 def test_bad_input_is_one_line(script, arguments, message):
     status, _, err = script('bench.py', *arguments, *SIZE[:-1])
     assert status == 2 and message in err and err.count('\n') == 1
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='there is no peak memory to read')
+def test_peak_memory_is_that_of_the_process_alone():
+    large = torch.ones(200 * 2 ** 20, dtype=torch.uint8)    # here, not in the process that measures
+    code = ('import torch, timing; before = timing.peak_memory("cpu"); x = torch.ones(50 * 2 ** 20, dtype=torch.uint8);'
+            'print(timing.peak_memory("cpu") - before)')
+    grown = int(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
+    assert 45 * 2 ** 20 < grown < 2 * len(large) / 4
