@@ -112,12 +112,12 @@ class NanoGPT:
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = module.GPT(module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)).to(config.device)
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), config.device.split(':')[0])
-        self.config, ids = config, (config.batch_size, config.block_size + 1)
-        self.ids = torch.randint(vocab_size - 1, ids).to(config.device)
+        ids = torch.randint(vocab_size - 1, (config.batch_size, config.block_size + 1)).to(config.device)
+        self.config, self.inputs, self.targets = config, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def __call__(self, clock):
         with clock('forward'), autocast(self.config.device, self.config.dtype):
-            _, loss = self.model(self.ids[:, :-1], self.ids[:, 1:])
+            _, loss = self.model(self.inputs, self.targets)
         with clock('backward'):
             loss.backward()
         with clock('optimizer'):

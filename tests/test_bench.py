@@ -37,7 +37,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets):
         logits = F.linear(self.wte(idx), self.wte.weight)
-        return logits, F.cross_entropy(logits.transpose(1, 2), targets)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         print('using fused AdamW')
