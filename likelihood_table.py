@@ -120,6 +120,7 @@ def plot(entries, corpus, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
     lines = {'random': ':', 'interleaved': '--', 'blocks': '-', 'spans': '-.'}
@@ -131,16 +132,17 @@ def plot(entries, corpus, path):
                 style = styles[decoder] | ({'marker': markers[plan], 'ms': 7} if plan in markers else {'ms': 4})
                 axis.plot([p[key] for p in points], [p['bits_per_character'] for p in points],
                           ls=lines.get(plan, ''), label=f'{decoder}, {plan}', **style)
-            elif decoder == 'nelbo' or key == 'passes':
+            else:
                 text = 'bound of the trunk (NELBO)' if decoder == 'nelbo' else 'autoregressive, same size'
                 axis.axhline(points[0]['bits_per_character'], color='grey', lw=1,
                              ls='--' if decoder == 'nelbo' else '-', label=text)
-            else:
-                axis.plot(points[0][key], points[0]['bits_per_character'], '*', color='black', ms=9)
+                if decoder != 'nelbo' and key == 'seconds':
+                    axis.plot(points[0][key], points[0]['bits_per_character'], 'P', color='grey', ms=8)
         axis.set(xscale='log', xlabel='forward passes' if key == 'passes' else f'seconds for {BATCH} samples')
+        ticks = dict(base=2) if key == 'passes' else dict(subs=(1, 2, 5))
+        axis.xaxis.set_major_locator(LogLocator(**ticks, numticks=20))
         axis.xaxis.set_major_formatter('{x:g}')
-        axis.xaxis.set_minor_formatter('{x:g}')
-        axis.tick_params(axis='x', which='both', labelsize=7)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('bits per character')
     axes[0].legend(fontsize=7)
