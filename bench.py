@@ -286,12 +286,12 @@ def main():
         return peak_of(args, config, args.peak_of)
     # 1. rows
     model, causal = models(args, config)
-    trunk = sum(p.numel() for p in model.parts()['trunk'])
     rate = matmul_rate(config.device, DTYPES[config.dtype])
     result = {'machine': machine(config.device) | {'device': config.device, 'dtype': config.dtype},
               'settings': vars(config), 'checkpoint': args.checkpoint, 'rounds': args.rounds,
               'matmul_flop_per_second': rate}
     training = training_rows(args, config, model.config.vocab_size)
+    trunk = sum(p.numel() for p in training['stage 1'].state.model.parts()['trunk'])
     decoding = decoding_rows(args, config, model, causal)
 
     # 2. time, then memory
