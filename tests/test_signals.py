@@ -1,14 +1,18 @@
 """The first SIGINT, SIGTERM or SIGHUP ends a step and saves; what goes on from there is the whole run."""
 import os
+import random
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 import objectives
 import signals
-from conftest import NO_HEADS, TINY, checkpoint_in, metrics_in, same_weights
+from conftest import NO_HEADS, ROOT, TINY, checkpoint_in, metrics_in, same_weights
 from model import GPT
 
 
@@ -114,3 +118,38 @@ def test_samples_that_are_done_are_shown_and_saved(script, trained_once, tmp_pat
                               '--disable-sampler', '--iterations', 2, '--save', tmp_path / 'o.json', '--no-progress')
     assert status == 143 and out.count('--- sample') == 2 and 'SIGTERM after 2 of 4 samples' in err
     assert 'saved' in out and (tmp_path / 'o.json').read_text().count('"iterations"') >= 2
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(toy_data, tmp_path):
+    """SIGKILL at random instants, a save after every iteration, so that many fall into one: bit for bit the whole run.
+
+    In all three stages and across their borders. The instants are the clock's, so no two tests are the same.
+    """
+    def start(name):
+        command = [sys.executable, '-u', 'train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path / name}',
+                   '--max_iters=300', '--start_sampler_iteration=60', '--start_critic_iteration=120',
+                   '--end_critic_iteration=250', '--eval_interval=50', '--save_interval=1', '--dropout=0.1']
+        command += ['--init_from=resume'] if (tmp_path / name / 'ckpt.pt').exists() else []
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = start('whole')
+    assert 'iter 300: val' in whole.communicate()[0] and not whole.returncode
+    for border in range(14, 281, 14):
+        run, began = start('killed'), time.time()
+        for line in run.stdout:
+            found, before, began = re.match(r'iter (\d+): loss', line), began, time.time()
+            if found and int(found.group(1)) >= border:
+                break
+        time.sleep(random.uniform(0, 2 * (began - before)))    # up to two iterations on
+        run.kill()
+        printed = run.communicate()[0]
+        assert run.returncode == -signal.SIGKILL, line + printed
+    last = start('killed')
+    assert 'iter 300: val' in last.communicate()[0] and not last.returncode
+    assert same_weights(checkpoint_in(tmp_path / 'killed')['model'], checkpoint_in(tmp_path / 'whole')['model'])
+    assert {p.name for p in (tmp_path / 'killed').iterdir()} == {p.name for p in (tmp_path / 'whole').iterdir()}
+
+    def figures(name):
+        return [{k: v for k, v in entry.items() if k != 'ms'} for entry in metrics_in(tmp_path / name)]
+    assert figures('killed') == figures('whole')
