@@ -1,10 +1,10 @@
-"""Several processes as one run: who speaks, how the batch is shared, gradients averaged by DistributedDataParallel.
+"""Several processes as one run: who speaks, how the work is shared, gradients averaged by DistributedDataParallel.
 
     torchrun --standalone --nproc_per_node=4 train.py config/train_char_diffusion_sampler.py
 """
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,21 @@ class Processes:
         """Print in the first process alone."""
         if self.master_process:
             print(*args, flush=True)
+
+    def first_speaks(self):
+        """A context in which the prints of every process but the first are lost."""
+        return nullcontext() if self.master_process else redirect_stdout(None)
+
+    def share(self, n):
+        """The part of range(n) that is this process's, in one piece; the first process has the first of it."""
+        return share_of(n, self.rank, self.world)
+
+    def gathered(self, value):
+        """The values of all processes, in their order, in all of them; they are pickled on the way."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def first_alone(self, function):
         """function() in the first process, then in the others, which find what the first has made."""
@@ -97,6 +112,11 @@ def leave(status=0):
 def without_sync(module, last):
     """Context of a micro-step: gradients are averaged in the last one of an iteration alone."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def share_of(n, rank, world):
+    """The part of range(n) that the process of this rank has, of world processes."""
+    return range(*(-(-n * r // world) for r in (rank, rank + 1)))
 
 
 def share_batch(accumulation, batch_size, world):

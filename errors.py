@@ -2,6 +2,7 @@
 import io
 import os
 import sys
+import time
 from contextlib import contextmanager
 
 
@@ -33,6 +34,8 @@ def run(main):
     try:
         main()
     except InputError as error:
+        if int(os.environ.get('RANK', 0)):
+            time.sleep(5)    # of several processes the first says the same, and torchrun ends the others
         print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:    # the reader of a pipe, such as head, has seen enough

@@ -2,9 +2,11 @@
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -15,7 +17,8 @@ from animate import Animation
 from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from choices import ANY_PASSES
 from decoding import blocks, default_config, default_ratios, generate, linear_ratios
-from device import autocast, pick_device, pick_dtype
+from device import autocast, pick_dtype
+from distributed import share_of
 from errors import InputError
 from files import write_atomically
 from judge import Judge
@@ -141,14 +144,21 @@ class Progress:
                 passes.append(record(step, i))
 
 
-def decode(args, model, x, free, config, device, dtype, progress):
-    """Decode in batches: tokens (lists), the critic's mean chance that each is real, forward passes, waves.
+@dataclass
+class Decoding:
+    """What decoding some samples gave."""
+    tokens: list     # of each sample
+    p_real: list     # the critic's mean chance that its tokens are real; empty without a critic
+    history: list    # of each sample: a record of every pass, for --save
+    passes: int      # forward passes, one after another
+    waves: int       # sequential steps of filling
 
-    Where a signal comes, those of the batches that are done.
-    """
+
+def decode(args, model, x, free, config, numbers, device, dtype, progress):
+    """Decode the samples with these numbers, a range, in batches; after a signal, those whose batches are done."""
     tokens, p_real, passes, waves = [], [], 0, 0
-    for start in range(0, args.num_samples, args.batch_size):
-        part = slice(start, min(start + args.batch_size, args.num_samples))
+    for start in numbers[::args.batch_size]:
+        part = slice(start, min(start + args.batch_size, numbers.stop))
         progress.begin(range(part.start, part.stop))
         try:
             with autocast(device, dtype):
@@ -162,12 +172,28 @@ def decode(args, model, x, free, config, device, dtype, progress):
             p_real += (1 - decoded.p_generated.sum(1).cpu() / n_free).tolist()
         passes, waves = passes + decoded.passes, waves + decoded.waves
     progress.bar.close()
-    return tokens, p_real, passes, waves
+    return Decoding(tokens, p_real, progress.history[:len(tokens)], passes, waves)
 
 
-def generate_text(args):
-    """Decode, score, show and save what the flags of sample_simple.py ask for."""
+def together(parts, n):
+    """The Decoding of n samples that several processes shared, up to the first that a signal kept from being made."""
+    whole = Decoding([], [], [], max(part.passes for part in parts), max(part.waves for part in parts))
+    for rank, part in enumerate(parts):
+        if len(whole.tokens) == share_of(n, rank, len(parts)).start:
+            whole.tokens, whole.p_real = whole.tokens + part.tokens, whole.p_real + part.p_real
+            whole.history += part.history
+    return whole
+
+
+def generate_text(args, processes):
+    """Decode, score, show and save what the flags of sample_simple.py ask for; several processes share the samples.
+
+    Returns the number of the signal that ended it early, else 0.
+    """
     # 1. model, judge, prompts
+    if args.seed == -1:
+        args.seed = processes.of_first(lambda: secrets.randbelow(2 ** 31))
+        print(f'seed: {args.seed}')
     path = checkpoint_path(args)
     model, tokenizer, saved = load_model(path)
     require_generator(model, path)
@@ -176,8 +202,8 @@ def generate_text(args):
     config = decoder_config(args, model, path, is_prefix(args, free))
     if args.quality_metric == 'node' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --quality-metric node needs')
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device = processes.device
+    dtype = processes.of_first(lambda: pick_dtype(args.dtype, device))
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
     model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
     if judge and not judge.is_scorer and length < 2:
@@ -194,38 +220,45 @@ def generate_text(args):
         print('note: --seed-text fills the sequence, nothing is left to generate')
 
     # 2. decode
-    n_batches = math.ceil(args.num_samples / args.batch_size)
+    numbers = processes.share(args.num_samples)
+    n_batches = math.ceil(len(numbers) / args.batch_size)
     n_passes = n_batches * len(blocks(length, model.config.block_size)) * config.passes
-    with Animation(x[0].tolist(), tokenizer, args.animate) if args.animate else nullcontext() as animation, \
+    args.no_progress = args.no_progress or not processes.master_process
+    shown = args.animate and processes.master_process
+    with Animation(x[0].tolist(), tokenizer, args.animate) if shown else nullcontext() as animation, \
             signals.noted('this pass, with the samples that are done') as stop:
         progress = Progress(args, tokenizer, n_passes, stop, animation)
         clock = time.perf_counter()
-        tokens, p_real, passes, waves = decode(args, model, x, free, config, device, dtype, progress)
+        own = decode(args, model, x, free, config, numbers, device, dtype, progress)
+        done = together(processes.gathered(own), args.num_samples)
         seconds = time.perf_counter() - clock - (animation.seconds if animation else 0)
+        stopped_by = processes.largest(stop.number)
+    if not processes.master_process:
+        return stopped_by
 
     # 3. score, show, save
-    texts, scores, meaning = [tokenizer.decode(ids) for ids in tokens], [], ''
-    if judge and tokens:
-        ids = torch.tensor(tokens).split(args.batch_size)
+    texts, scores, meaning = [tokenizer.decode(ids) for ids in done.tokens], [], ''
+    if judge and texts:
+        ids = torch.tensor(done.tokens).split(args.batch_size)
         scores = [score for part in ids for score in judge.score(part.to(device)).tolist()]
         meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'
-    elif args.quality_metric != 'none' and p_real and free.any():
-        scores, meaning = p_real, 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
+    elif args.quality_metric != 'none' and done.p_real and free.any():
+        scores, meaning = done.p_real, 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
     for i, text in enumerate(texts):
         print(f'--- sample {i}' + (f', quality {scores[i]:.3f}' if scores else '') + f'\n{text}')
     print('---')
     if scores:
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
-    print(f'{len(tokens)} samples of {length} tokens in {seconds:.2f} s: {passes} forward passes, {waves} waves, '
-          f'{int(free[:len(tokens)].sum()) / seconds:,.0f} tokens/s')
-    if args.save and tokens:
+    print(f'{len(texts)} samples of {length} tokens in {seconds:.2f} s: {done.passes} forward passes, '
+          f'{done.waves} waves, {int(free[:len(texts)].sum()) / seconds:,.0f} tokens/s')
+    if args.save and texts:
         samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
-                    'iterations': progress.history[i]} for i, (text, ids) in enumerate(zip(texts, tokens))]
+                    'iterations': done.history[i]} for i, (text, ids) in enumerate(zip(texts, done.tokens))]
         settings = vars(args) | vars(config) | {'device': device, 'dtype': dtype, 'checkpoint': path}
         write_atomically(args.save, json.dumps({
             'schema': SCHEMA, 'settings': settings, 'vocabulary': saved['corpus'], 'mask_id': tokenizer.mask_id,
-            'seconds': seconds, 'forward_passes': passes, 'waves': waves, 'samples': samples}).encode())
+            'seconds': seconds, 'forward_passes': done.passes, 'waves': done.waves, 'samples': samples}).encode())
         print(f'saved {args.save}')
-    if stop.number:
-        print(f'{signals.name_of(stop.number)} after {len(tokens)} of {args.num_samples} samples', file=sys.stderr)
-        sys.exit(128 + stop.number)
+    if stopped_by:
+        print(f'{signals.name_of(stopped_by)} after {len(texts)} of {args.num_samples} samples', file=sys.stderr)
+    return stopped_by

@@ -4,6 +4,7 @@
     python sample_simple.py --seed-text "To be or not to be" --seed-placement random --save out.json
     python sample_simple.py --template "To be, ____ not to ____" --num-samples 8
     python sample_simple.py --disable-sampler
+    torchrun --standalone --nproc_per_node=4 sample_simple.py --num-samples 256
 
 The same seed gives the same noise to both decoders, so their outputs can be compared sample by sample.
 """
@@ -11,7 +12,7 @@ import environment    # before torch
 
 import argparse
 import os
-import secrets
+import sys
 
 from choices import ANY_PASSES, DTYPES, ONE_PASS
 from errors import InputError, run
@@ -128,9 +129,6 @@ def check(args):
         raise InputError(f'found --quality-metric {args.quality_metric} with --judge-checkpoint-name '
                          f'{args.judge_checkpoint_name}, wanted both or neither; python train.py config/train_judge.py '
                          f'trains a judge')
-    if args.seed == -1:
-        args.seed = secrets.randbelow(2 ** 31)
-        print(f'seed: {args.seed}')
 
 
 def check_save(path):
@@ -152,8 +150,15 @@ def check_save(path):
 def main():
     args = parser().parse_args()
     check(args)
-    import generation    # not above: it brings torch, for which --help and a misspelt flag would wait
-    generation.generate_text(args)
+    # not above: they bring torch, for which --help and a misspelt flag would wait
+    from device import pick_device
+    from distributed import Processes, leave
+    from generation import generate_text
+    with Processes(pick_device(args.device)) as processes, processes.first_speaks():
+        ended_by = generate_text(args, processes)
+    status = 128 + ended_by if ended_by else 0
+    leave(status)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

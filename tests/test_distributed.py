@@ -1,34 +1,51 @@
 """Two processes are one run: the same losses and weights as one process with the same global batch."""
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from conftest import ROOT, TINY, checkpoint_in, metrics_in
-from distributed import share_batch
+from distributed import share_batch, share_of
 from errors import InputError
+from generation import Decoding, together
 
 SHORT = ['--max_iters=6', '--eval_interval=6', '--start_sampler_iteration=1', '--start_critic_iteration=2',
          '--end_critic_iteration=4', '--dropout=0.1', '--sampler_rows=4', '--critic_rows=2']
 
 
 def start_together(toy_data, out_dir, *args):
-    """The two processes that torchrun would start, without torchrun, which takes as long as they do."""
+    """A tiny training run in two processes -> what the first printed."""
+    return start_two('train.py', *TINY, *SHORT, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
+
+
+def start_two(*command):
+    """What the first of two processes prints; both must succeed, and the second be silent."""
+    (out, *others), err, statuses = both_of(*command)
+    assert statuses == [0, 0], err
+    assert others == [''], 'the first process alone speaks'
+    return out
+
+
+def both_of(*command):
+    """The two processes that torchrun would start, without torchrun, which takes as long as they do.
+
+    Returns what each printed, its errors and its exit status: three lists.
+    """
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    command = [sys.executable, 'train.py', *TINY, *SHORT, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args]
+    command = [sys.executable, *map(str, command)]
     env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
                         'OMP_NUM_THREADS': '1'}
     started = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env=env | {'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    assert outputs[1][0] == '', 'the first process alone speaks'
-    return outputs[0][0]
+    out, err = map(list, zip(*[process.communicate(timeout=120) for process in started]))
+    return out, err, [process.returncode for process in started]
 
 
 def assert_same_run(one, two, compared):
@@ -78,7 +95,47 @@ def test_shared_micro_steps_equal_one_process(train, toy_data, tmp_path):
     assert_same_run(tmp_path / 'one', tmp_path / 'two', figures)
 
 
+@pytest.mark.parametrize('n', [1, 5])
+def test_shared_samples_equal_those_of_one_process(script, trained_once, tmp_path, n):
+    """As torchrun sample_simple.py shares them, fewer samples than processes too: what is printed and what is saved.
+
+    Scores to rounding: they depend on the size of the batch.
+    """
+    flags = ['--out-dir', str(trained_once[0]), '--num-samples', str(n), '--batch-size', '2', '--dtype', 'float32',
+             '--no-progress']
+    status, one, err = script('sample_simple.py', *flags, '--save', tmp_path / 'one.json')
+    assert not status, err
+    two = start_two('sample_simple.py', *flags, '--save', tmp_path / 'two.json')
+    text = lambda out: out[:out.rindex('---')].split('--- sample ', 1)[1]
+    assert text(one) == text(two) and text(two).count('--- sample') == n - 1
+    one, two = (json.loads((tmp_path / f'{name}.json').read_text())['samples'] for name in ('one', 'two'))
+    assert len(one) == len(two) == n
+    for a, b in zip(one, two):
+        assert a['tokens'] == b['tokens'] and a['quality'] == pytest.approx(b['quality'], rel=1e-4)
+        for was, now in zip(a['iterations'], b['iterations'], strict=True):
+            assert now.pop('remask_score') == pytest.approx(was.pop('remask_score'), rel=1e-4) and was == now
+
+
+def test_what_a_stopped_process_did_not_make_ends_the_samples():
+    """Of two processes with samples 0-2 and 3-4 the first was stopped after one: the others would get its numbers."""
+    part = lambda *numbers: Decoding([[i] for i in numbers], [i / 10 for i in numbers], [f'{i}' for i in numbers], 4, 9)
+    whole = together([part(0, 1, 2), part(3, 4)], 5)
+    assert whole.tokens == [[0], [1], [2], [3], [4]] and len(whole.p_real) == len(whole.history) == 5
+    assert together([part(0), part(3, 4)], 5).tokens == [[0]] and (whole.passes, whole.waves) == (4, 9)
+
+
+def test_one_error_is_one_line(tmp_path):
+    """The first of two processes speaks; torchrun, which would end the second then, is not there in this test."""
+    began = time.time()
+    out, err, statuses = both_of('sample_simple.py', '--out-dir', tmp_path)
+    assert statuses[0] == 2 and err[0].startswith('error: ') and err[0].count('\n') == 1 and time.time() - began > 5
+    assert out == ['', ''], 'nothing is shown'
+
+
 def test_sharing_by_hand():
+    assert [share_of(5, rank, 2) for rank in (0, 1)] == [range(0, 3), range(3, 5)]
+    assert [share_of(1, rank, 2) for rank in (0, 1)] == [range(0, 1), range(1, 1)]
+
     assert share_batch(1, 64, 1) == (1, 1) and share_batch(4, 64, 4) == (1, 1) and share_batch(8, 3, 4) == (2, 1)
     assert share_batch(1, 64, 4) == (1, 4) and share_batch(3, 64, 4) == (3, 4)
     for accumulation, batch_size, world in ((1, 7, 2), (3, 10, 4), (2, 2, 3)):
