@@ -24,6 +24,7 @@ import torch
 
 import autoregressive
 import train
+from batches import Share
 from cache import CachedTrunk
 from checkpoint import load_model, require_generator
 from configurator import configure
@@ -90,7 +91,8 @@ class Training:
     def __call__(self, clock):
         self.it += 1
         with clock('forward'), autocast(self.config.device, self.config.dtype):
-            losses = self.objective(self.x0, self.it, *train.rows_to_learn_from(self.config, self.number, 1))
+            rows = train.rows_to_learn_from(self.config, self.number)
+            losses = self.objective(self.x0, self.it, Share(len(self.x0)), *rows)
             loss = train.weighted(self.config, self.state.start_iter, self.it, losses)
         with clock('backward'):
             self.state.scaler.scale(loss).backward()

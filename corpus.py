@@ -225,10 +225,13 @@ class Corpus:
             raise InputError(f'a split of corpus {self.meta["name"]!r} has {shortest} tokens, wanted more than '
                              f'block_size={block_size}; give more text or a smaller --block_size')
 
-    def random_rows(self, split, n, length, rng):
-        """n rows of length consecutive tokens from random places, (n, length) int64. rng: numpy Generator."""
+    def random_rows(self, split, n, length, rng, chosen=slice(None)):
+        """Rows of length consecutive tokens from n random places, the chosen ones, (n, length) int64.
+
+        rng: numpy Generator; chosen: numbers of rows, whose places do not depend on which are chosen.
+        """
         ids = self.splits[split]
-        starts = rng.integers(0, len(ids) - length + 1, n)
+        starts = rng.integers(0, len(ids) - length + 1, n)[chosen]
         return ids[starts[:, None] + np.arange(length)].astype(np.int64)
 
     def spread_rows(self, split, n, length):

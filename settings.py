@@ -49,7 +49,7 @@ RANGES = {
     # heads
     'start_sampler_iteration': Range(0), 'sampler_min_neighbors_ratio': SHARES, 'sampler_context': Range(1, 1024),
     'sampler_width': WIDTHS, 'sampler_state': WIDTHS, 'sampler_rows': Range(1), 'start_critic_iteration': Range(0),
-    'end_critic_iteration': Range(0), 'critic_alpha': Range(0), 'critic_rows': Range(1),
+    'end_critic_iteration': Range(0), 'critic_alpha': Range(0), 'critic_rows': Range(1), 'critic_interval': Range(1),
     # optimizer: no rate above 10 trains anything
     'learning_rate': Range(0, 10), 'muon_learning_rate': Range(0, 10), 'max_iters': Range(1), 'weight_decay': Range(0),
     'beta1': Range(0, 1, below=True), 'beta2': Range(0, 1, below=True), 'grad_clip': Range(0), 'warmup_iters': Range(0),

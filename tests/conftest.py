@@ -28,7 +28,7 @@ TINY = ['config/train_char_diffusion_sampler.py', '--n_layer=2', '--n_head=2', '
         '--batch_size=8', '--max_iters=12', '--start_sampler_iteration=3', '--start_critic_iteration=6',
         '--end_critic_iteration=9', '--eval_interval=6', '--log_interval=1', '--eval_rows=12', '--warmup_iters=2',
         '--device=cpu', '--dtype=float32', '--dropout=0.0', '--dataset=toy', '--sampler_context=2',
-        '--sampler_width=32', '--sampler_state=16', '--block_rows=4']
+        '--sampler_width=32', '--sampler_state=16', '--block_rows=4', '--sampler_rows=8', '--critic_interval=1']
 NO_HEADS = ['--add_sampler_head=False', '--add_critic_head=False']
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import decoding
 import diffusion
 from conftest import tiny_batch, tiny_model
-from critic import critic_loss, remask_score
+from critic import CriticExamples, critic_loss, remask_score
 from decoding import decode_block, default_config
 from diffusion import critic_examples
 from noise import derive
@@ -16,18 +16,20 @@ from filling import Wavefront
 def examples(model, iterations, seed=5, B=8, n_sequences=4):
     """generated, real, mask, and what they were made from: clean x0 (n, T), free (n, T) and the passes made."""
     with torch.no_grad():
-        generated, real, mask = critic_examples(model, tiny_batch(model, B), n_sequences, seed, iterations)
-    n = n_sequences
+        found = critic_examples(model, tiny_batch(model, B), n_sequences, seed, iterations)
+    n, mask, real = n_sequences, found.mask, found.real
     passes = len(mask) // n
     assert len(mask) == passes * n and all(torch.equal(mask[:n], part) for part in mask.split(n))
     assert all(torch.equal(real[0][:n], part) for part in real[0].split(n))
-    return generated, real, mask, real[0][:n], mask[:n], passes
+    assert (found.weight == 1 / passes).all() and found.n == found.total == mask[:n].sum()
+    return found.generated, real, mask, real[0][:n], mask[:n], passes
 
 
 def decoded(model, x0, free, config):
-    """The passes of a decoding, as on_pass sees them."""
+    """The passes of a decoding, as on_pass sees them; sequences have the numbers that they have in tiny_batch."""
+    numbers = [(tiny_batch(model).x0 == row).all(1).nonzero().item() for row in x0]
     steps = []
-    decode_block(model, x0, free, config, range(len(x0)), range(x0.size(1)), steps.append)
+    decode_block(model, x0, free, config, numbers, range(x0.size(1)), steps.append)
     return steps
 
 
@@ -91,27 +93,31 @@ def test_the_critic_is_shown_in_training_what_it_scores_in_decoding():
 def test_critic_loss_is_the_cross_entropy_of_generated_against_real():
     model = tiny_model()
     generated, real, mask, *_ = examples(model, 2)
-    loss, logits, targets = critic_loss(model.critic_head, generated, real, mask, model.wte.weight)
+    weight = torch.rand(len(mask), generator=torch.Generator().manual_seed(0))
+    loss, logits, targets = critic_loss(model.critic_head, CriticExamples(generated, real, mask, weight, 1, 1),
+                                        model.wte.weight)
     n = int(mask.sum())
     assert targets.tolist() == [1.0] * n + [0.0] * n
     at = mask.nonzero(as_tuple=True)
     for (x, hidden), part, target in ((generated, logits[:n], 1.0), (real, logits[n:], 0.0)):
         torch.testing.assert_close(part, model.critic_head(hidden, x, at, model.wte.weight))
     logits = logits.double()
-    by_hand = -torch.cat((F.logsigmoid(logits[:n]), F.logsigmoid(-logits[n:]))).mean()    # 1 - sigmoid would be 0
+    weight = weight[:, None].expand(mask.shape)[mask].double()
+    by_hand = -(weight * (F.logsigmoid(logits[:n]) + F.logsigmoid(-logits[n:]))).sum() / (2 * weight.sum())
     torch.testing.assert_close(loss.double(), by_hand, rtol=1e-4, atol=0)
 
 
 def test_a_critic_learns_to_tell_generated_from_real():
     """A few steps on one batch bring the loss well below log 2, where it starts: the two sides do differ."""
     model = tiny_model().float()
-    generated, real, mask, *_ = examples(model, 2)
+    with torch.no_grad():
+        shown = critic_examples(model, tiny_batch(model), 4, 5, 2)
     for p in model.critic_head.parameters():
         torch.nn.init.normal_(p, std=0.1)
     optimizer = torch.optim.AdamW(model.critic_head.parameters(), lr=0.02)
     losses = []
     for _ in range(60):
-        loss = critic_loss(model.critic_head, generated, real, mask, model.wte.weight)[0]
+        loss = critic_loss(model.critic_head, shown, model.wte.weight)[0]
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
@@ -137,3 +143,15 @@ def test_the_critic_is_decoded_in_all_its_iterations(monkeypatch):
     asked.clear()
     result = diffusion.validate(model, batch.x0, 4, seed=0, critic=True)
     assert asked == [4] and 0 <= result['critic_auc'] <= 1 and result['critic'] > 0
+
+
+def test_a_finished_sequence_is_shown_as_often_as_it_was_read():
+    """Lightly masked sequences are done in fewer passes, but waited for the others and were shown again after each."""
+    model, batch = tiny_model(), tiny_batch(tiny_model(), n_masked=2)
+    batch.mask[0] = batch.all_masks[0] = True    # whom the others wait for
+    with torch.no_grad():
+        found = next(e for e in (critic_examples(model, batch, 8, seed, 8) for seed in range(20)) if e.n < 8 * 24)
+    read = found.mask.any(1).view(-1, 8)
+    assert read[:, 0].sum() > read[:, 1].sum() >= 1 and found.n == found.total == 24 + 7 * 2
+    torch.testing.assert_close(found.weight.view(-1, 8)[0], 1 / read.sum(0))
+    assert (read.int().diff(dim=0) <= 0).all(), 'once finished, finished for good'
