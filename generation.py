@@ -225,8 +225,8 @@ def generate_text(args, processes):
     n_passes = n_batches * len(blocks(length, model.config.block_size)) * config.passes
     args.no_progress = args.no_progress or not processes.master_process
     shown = args.animate and processes.master_process
-    with Animation(x[0].tolist(), tokenizer, args.animate) if shown else nullcontext() as animation, \
-            signals.noted('this pass, with the samples that are done') as stop:
+    with signals.noted('this pass, with the samples that are done') as stop, \
+            Animation(x[0].tolist(), tokenizer, args.animate) if shown else nullcontext() as animation:
         progress = Progress(args, tokenizer, n_passes, stop, animation)
         clock = time.perf_counter()
         own = decode(args, model, x, free, config, numbers, device, dtype, progress)
