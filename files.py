@@ -73,8 +73,9 @@ def locked(path):
     """A folder for this run alone, made if need be; InputError where another run writes to it.
 
     The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends.
-    Parts of files that a killed run left are removed.
+    Parts of files that a killed run left are removed, and a folder made for a run that wrote nothing.
     """
+    is_there = os.path.exists(path)
     make_folder(path, 'out_dir ')
     with opened_folder(path) as folder:
         try:
@@ -89,7 +90,12 @@ def locked(path):
             if re.search(r'\.\d+\.part$', name):
                 with suppress(OSError):
                     os.remove(os.path.join(path, name))
-        yield
+        try:
+            yield
+        finally:
+            if not is_there:
+                with suppress(OSError):    # it holds something
+                    os.rmdir(path)
 
 
 def require_file(path, wanted):
