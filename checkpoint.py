@@ -312,6 +312,8 @@ def load_for_resume(path, config, meta):
                              f'{part} head has been learning since iteration {saved["start_iter"][part]}; resume with '
                              f'the same, or use another out_dir')
     settings.check_reached(config)
+    asked_for = {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')}
+    settings.check_learns(config, resumed_start_iter(asked_for, saved), saved['iter_num'])
     return saved
 
 
