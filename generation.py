@@ -47,6 +47,8 @@ def decoder_config(args, model, path, prefix_only=True):
     """
     if args.order == 'critic' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic needs')
+    if args.corrections and model.sampler_head is None:
+        raise InputError(f'{path!r} has no sampler head, which --corrections needs')
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
     if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
