@@ -17,6 +17,7 @@ matplotlib.use('Agg')    # no window
 import matplotlib.pyplot as plt
 import numpy as np
 
+import figures
 from errors import InputError, run
 
 # names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
@@ -45,12 +46,7 @@ def main():
     runs = {path: read(path) for path in args.runs}
     plt.style.use('tableau-colorblind10')
     figure = draw(runs)
-    for suffix in ('png', 'svg'):
-        try:
-            figure.savefig(f'{stem}.{suffix}', dpi=120)
-        except OSError as error:
-            raise InputError(f'cannot write {stem}.{suffix}: {error.strerror}; wanted a folder that can be '
-                             f'written') from error
+    figures.save(figure, stem)
     plt.close(figure)
     print(f'saved {stem}.png and {stem}.svg')
 
