@@ -153,8 +153,9 @@ def load(path):
 
 def check_bytes(path):
     """InputError unless the parts of the file have the checksums that it gives, and no part is larger than the file."""
-    if not zipfile.is_zipfile(path):
-        return    # torch.load says what it is
+    if not zipfile.is_zipfile(path):    # torch would load its old format too, in which nothing has a checksum
+        raise InputError(f'{path!r} is no checkpoint of this project, which is a zip file, or is damaged; train again, '
+                         f'or give another --checkpoint-name')
     with zipfile.ZipFile(path) as parts:
         if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
             raise InputError(f'{path!r} would be larger in memory than it is; wanted a checkpoint that train.py wrote')

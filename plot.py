@@ -60,13 +60,9 @@ def read(path):
     file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
-    try:
-        entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
-        fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
-                   for k, v in entry.items() if k != 'split')
-    except OSError as error:
-        raise InputError(f'cannot read {file!r}: {error.strerror}; wanted the metrics.jsonl that train.py '
-                         f'writes') from error
+    entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
+    fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
+               for k, v in entry.items() if k != 'split')
     if not entries or not fine:
         raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
                          f'metrics.jsonl that train.py writes')

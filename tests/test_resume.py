@@ -1,10 +1,12 @@
 """Resuming: the same run where nothing is changed, what the settings say where something is, else one line."""
 import json
+import os
 import re
 
 import pytest
 import torch
 
+import metrics_log
 from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in, same_weights
 from corpus import Corpus, prepare_text
 
@@ -41,6 +43,21 @@ def test_metrics_hold_every_iteration_once_after_a_resume(train, half):
     assert len(set(keys)) == len(keys) and entries[:len(before)] == before
     assert sorted(it for it, split in keys if split is None) == list(range(12))
     assert all(entry.get('loss') != 99.0 for entry in entries)
+
+
+@pytest.mark.parametrize('kind, message', [('folder', 'no file'), ('pipe', 'no file'), ('locked', 'Permission denied')])
+def test_metrics_that_cannot_be_read_are_one_line(half, refused, kind, message, monkeypatch):
+    """They were a traceback, or a wait for ever."""
+    path = half / 'metrics.jsonl'
+    if kind == 'locked':    # chmod hinders no root
+        def no_open(name, *args, **more):
+            raise PermissionError(13, 'Permission denied', name)
+        monkeypatch.setattr(metrics_log, 'open', no_open, raising=False)
+    else:
+        path.unlink()
+        (os.mkdir if kind == 'folder' else os.mkfifo)(path)
+    err = refused(half, *RESUME)
+    assert 'metrics.jsonl' in err and message in err
 
 
 # -----------------------------------------------------------------------------
