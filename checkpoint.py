@@ -32,7 +32,8 @@ FIELDS_TO_RESUME = {'optimizer': dict, 'scaler': dict, 'start_iter': dict, 'best
 MOMENTS = {'Muon': {'momentum_buffer'}, 'AdamW': {'step', 'exp_avg', 'exp_avg_sq'}}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what validation figures depend on besides the text: with another one they do not compare
-YARDSTICK = ('seed', 'eval_rows', 'generator_checkpoint')
+YARDSTICK = ('seed', 'eval_rows')
+JUDGES_YARDSTICK = (*YARDSTICK, 'batch_size', 'generator_weights')    # its examples are drawn for a batch at a time
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'attention_type', 'model_mode')
 HEAD_SHAPE = ('sampler_context', 'sampler_width', 'sampler_state')
 
@@ -347,7 +348,8 @@ def restore(state, saved, asked_for, path):
 def require_same_yardstick(saved, path, config, meta):
     """InputError where validation figures of this run would not compare with the checkpoint's best, unless that is
     given up: best_val_loss then begins anew."""
-    pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in YARDSTICK]
+    names = JUDGES_YARDSTICK if config.generator_checkpoint else YARDSTICK
+    pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     pairs.append(('the text', saved['corpus']['sha256'][:8], meta['sha256'][:8]))
     differing = [f'{name} {old!r}, this run {new!r}' for name, old, new in pairs if old != new]
     if differing and not (config.overwrite or config.eval_only):

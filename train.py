@@ -125,6 +125,8 @@ def train(config, processes):
     writes = processes.master_process and not config.eval_only
     with locked(config.out_dir) if writes else nullcontext():
         processes.barrier()    # no process looks at the checkpoint while another run may still replace it
+        if config.generator_checkpoint:    # kept with the judge: another generator may come to lie there
+            config.generator_weights = trunk.digest(config.generator_checkpoint)
         saved = checkpoint.open_for_run(config, corpus.meta)
         if saved and config.dtype == 'auto':
             config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
