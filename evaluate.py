@@ -30,7 +30,7 @@ import likelihood_table
 import report
 import results
 import signals
-from checkpoint import load_model, require_generator, require_same_vocabulary
+from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from corpus import DATA_DIR, Corpus
 from decoding import DecoderConfig, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
@@ -168,6 +168,9 @@ class Evaluation:
         """The generator, the evaluator, the judge if there is one, and their corpus. InputError if they do not fit."""
         self.model, self.tokenizer, saved = load_model(args.checkpoint)
         require_generator(self.model, args.checkpoint)
+        for head in untrained_heads(saved):
+            print(f'note: the {head} head had not begun to learn when {args.checkpoint} was saved; what it decodes is '
+                  f'no measure of it')
         self.evaluator, _, other = load_model(args.evaluator)
         config = self.evaluator.config
         if (config.attention_type, config.model_mode) != ('causal', 'language_model'):

@@ -341,6 +341,30 @@ def test_a_head_that_is_missing(evaluated, models, train):
     assert all(name.startswith('naive') for name in evaluate.usable_decoders(args, plain))
 
 
+def test_heads_that_have_not_learned_are_said(evaluated, models, half_once):
+    """Random heads were measured without a word."""
+    if not (models / 'half').exists():
+        (models / 'half').symlink_to(half_once)
+    status, out, _ = evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, checkpoint='half')
+    assert status == 0 and out.count('note: the critic head had not begun to learn') == 1 and out.count('note:') == 1
+    status, out, _ = evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--overwrite')
+    assert status == 0 and 'note:' not in out
+
+
+def test_float64_is_what_it_says(evaluated, tmp_path, monkeypatch):
+    """It once was float32, recorded as float64."""
+    dtypes, plain = set(), evaluate.decoding.generate
+
+    def generate(model, *args, **more):
+        dtypes.update({p.dtype for p in model.parameters()} | {model(args[0]).dtype})
+        return plain(model, *args, **more)
+    monkeypatch.setattr(evaluate.decoding, 'generate', generate)
+    status, out, err = evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--dtype', 'float64')
+    assert status == 0 and 'cpu, float64' in out, err
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['identity']['dtype'] == 'float64'
+    assert dtypes == {torch.float64}
+
+
 def test_another_vocabulary_is_refused(evaluated, models, script, tmp_path):
     saved = torch.load(models / 'ar' / 'ckpt.pt', weights_only=True)
     saved['corpus'] = saved['corpus'] | {'name': 'other', 'chars': saved['corpus']['chars'][::-1]}

@@ -194,6 +194,15 @@ def test_both_kinds_of_judge(script, judges, name, meaning):
     assert re.search(meaning, out) and len(re.findall(r'--- sample \d, quality \d', out)) == 3
 
 
+def test_a_causal_judge_needs_a_second_token(script, judges):
+    """It was a convolution on empty input; a scorer judges one token as well."""
+    flags = ['sample_simple.py', '--out-dir', judges, '--sequence-length', 1, '--no-progress', '--num-samples', 2]
+    status, _, err = script(*flags, '--judge-checkpoint-name', 'ar.pt')
+    assert status == 2 and err.startswith('error: --sequence-length is 1, and a causal judge') and err.count('\n') == 1
+    status, out, err = script(*flags, '--judge-checkpoint-name', 'judge_model.pt')
+    assert status == 0 and out.count('quality 0.') >= 2, err
+
+
 def test_what_cannot_judge(script, judges):
     base = ['sample_simple.py', '--out-dir', judges, '--quality-metric', 'judge']
     for args, message in (([], 'judge'), (['--judge-checkpoint-name', 'ckpt.pt'], 'wanted a judge')):

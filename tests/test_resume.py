@@ -30,6 +30,16 @@ def test_resumed_equals_never_interrupted(train, half, tmp_path):
     assert figures(tmp_path / 'whole') == figures(half)
 
 
+def test_resumed_equals_never_interrupted_with_micro_steps(train, tmp_path):
+    """Three micro-steps an iteration, each with noise of its own: bit for bit, across the border of stage 3."""
+    flags = ['--gradient_accumulation_steps=3', '--batch_size=4', '--dropout=0.1']
+    train(tmp_path / 'whole', *flags)
+    train(tmp_path / 'parts', *flags, '--max_iters=5', '--start_critic_iteration=5', '--lr_decay_iters=12')
+    train(tmp_path / 'parts', *flags, '--init_from=resume')
+    whole, parts = (checkpoint_in(tmp_path / name) for name in ('whole', 'parts'))
+    assert same_weights(whole['model'], parts['model']) and flat(whole['optimizer']) == flat(parts['optimizer'])
+
+
 def test_metrics_hold_every_iteration_once_after_a_resume(train, half):
     """A killed run leaves entries beyond its checkpoint and a torn line: those iterations were written twice."""
     before = metrics_in(half)

@@ -60,6 +60,14 @@ def test_prefix_stays_at_the_front(sample):
     assert len(texts) == 3 and all(t.startswith('the mat') for t in texts)
 
 
+def test_a_seed_text_that_fills_the_sequence_is_said(sample):
+    """It once generated nothing, "mean quality 1.000"."""
+    out = sample('--seed-text', 'the cat', '--sequence-length', 7)
+    assert 'note: --seed-text fills the sequence, nothing is left to generate' in out and 'quality' not in out
+    assert samples(out) == ['the cat'] * 4
+    assert 'nothing is left' not in sample('--seed-text', 'the cat', '--sequence-length', 8, '--num-samples', 1)
+
+
 @pytest.mark.parametrize('flags', [
     ['--disable-sampler'], ['--order', 'critic'], ['--order', 'random'], ['--no-revise'], ['--corrections', 0],
     ['--corrections', 3, '--correction-ratio', 1], ['--schedule-mode', 'threshold', '--threshold', 0.9],

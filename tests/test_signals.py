@@ -222,7 +222,10 @@ def test_twenty_kills_change_nothing(toy_data, tmp_path):
         assert run.returncode == -signal.SIGKILL, line + printed
     last = start('killed')
     assert 'iter 300: val' in last.communicate()[0] and not last.returncode
-    assert same_weights(checkpoint_in(tmp_path / 'killed')['model'], checkpoint_in(tmp_path / 'whole')['model'])
+    for name in ('ckpt.pt', 'ckpt_best.pt'):
+        killed, kept = (checkpoint_in(tmp_path / folder, name) for folder in ('killed', 'whole'))
+        assert same_weights(killed['model'], kept['model']) and killed['iter_num'] == kept['iter_num']
+        assert killed['best_val_loss'] == kept['best_val_loss']
     assert {p.name for p in (tmp_path / 'killed').iterdir()} == {p.name for p in (tmp_path / 'whole').iterdir()}
 
     def figures(name):
