@@ -183,8 +183,8 @@ def model_config(saved, path):
     InputError if a size is absurd, if arguments and weights do not fit, or if a weight is not finite.
     """
     defaults = {f.name: f.default for f in fields(GPTConfig)}
-    place = f'{path!r} (model_args)'
-    args = {name: checked(defaults, name, value, place) for name, value in saved['model_args'].items()}
+    source = f'{path!r} (model_args)'
+    args = {name: checked(defaults, name, value, source) for name, value in saved['model_args'].items()}
     with within(repr(path)):
         settings.check_values(args)
         settings.check_shape(SimpleNamespace(**defaults | args))

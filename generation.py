@@ -61,8 +61,8 @@ def decoder_config(args, model, path, prefix_only=True):
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
     if config.plan != 'wavefront' and args.seed_text and args.seed_placement == 'random':
-        raise InputError(f'--plan {config.plan} needs the same places in every sample; found --seed-placement random, '
-                         f'which --plan wavefront takes')
+        raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
+                         f'random, which --plan wavefront takes')
     revisions = args.iterations - config.plan_passes
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')

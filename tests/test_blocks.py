@@ -113,7 +113,7 @@ def block_choices(model, x, seeds):
 
 
 def test_loss_of_blocks_by_hand():
-    """Half the text's cross-entropy and a quarter of the masked positions', weighted by 1 / sqrt(1 + place in block).
+    """Half the text's cross-entropy and a quarter of the masked one, weighted by 1 / sqrt(1 + position in block).
 
     Computed token by token: each from a pass that ends with the token before it, each block alone. Only every other
     block is masked, from the first or the second; over 40 seeds every size and both choices occur.

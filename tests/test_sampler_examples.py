@@ -101,8 +101,8 @@ def test_each_example_has_the_state_of_its_own_position(given):
     at = examples.state_of[n:]
     assert (at >= 0).all() and (at % 24 > 0).all() and len(at.unique()) == len(at)
     assert torch.equal(examples.text.flatten()[at], examples.targets[n:])
-    for place, around in zip(at.tolist(), examples.around[n:].tolist()):
-        row, i = divmod(place, 24)
+    for position, around in zip(at.tolist(), examples.around[n:].tolist()):
+        row, i = divmod(position, 24)
         left = [examples.text[row, j].item() if j >= 0 else model.mask_id for j in (i - 2, i - 1)]
         assert around == left + [model.mask_id] * 2
 

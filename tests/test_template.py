@@ -86,7 +86,7 @@ def test_every_sample_keeps_the_text_and_fills_the_blanks(script, trained_once, 
     (['--template', 'a_', '--seed-placement', 'random'], '--template goes neither'),
     (['--template', 'the _at XZ'], "'XZ' is not in the vocabulary"),
     (['--template', 'a_', '--blank', 'ab'], "--blank is 'ab'"),
-    (['--plan', 'blocks', '--seed-text', 'a', '--seed-placement', 'random'], '--plan blocks needs the same places')])
+    (['--plan', 'blocks', '--seed-text', 'a', '--seed-placement', 'random'], '--plan blocks needs the same positions')])
 def test_bad_templates_are_one_line(script, trained_once, flags, message):
     status, _, err = script('sample_simple.py', '--out-dir', trained_once[0], '--no-progress', *flags)
     assert status == 2 and message in err and err.count('\n') == 1
