@@ -1,7 +1,7 @@
 """Files that a kill, a full disk or a second run cannot spoil: whole or not there, in a folder locked by its run."""
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from errors import InputError, WriteError
 
@@ -77,7 +77,7 @@ def locked(path):
     """
     is_there = os.path.exists(path)
     make_folder(path, 'out_dir ')
-    with opened_folder(path) as folder:
+    with opened_folder(path) if fcntl else nullcontext() as folder:    # Windows opens no folders
         try:
             if fcntl:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
