@@ -34,7 +34,7 @@ from errors import InputError, run
 from files import make_folder, write_atomically
 from filling import Naive, Wavefront
 from model import GPT, GPTConfig
-from settings import check
+from settings import Range, check, check_range
 from timing import in_turn, machine, matmul_rate, medians, peak_memory, ratio
 
 RATIOS = {'stage2_over_stage1': ('stage 2', 'stage 1'), 'stage3_over_stage1': ('stage 3', 'stage 1'),
@@ -62,7 +62,8 @@ def parser():
 
 def arguments():
     args, settings = parser().parse_known_args()
-    args.rounds = args.rounds or (3 if args.quick else 7)
+    args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
+    check_range(f'--rounds is {args.rounds}', args.rounds, Range(1, 10 ** 4))
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
     check(config)
     config.device = pick_device(config.device)

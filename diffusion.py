@@ -22,7 +22,7 @@ from progress import bar
 from sampler import sampler_examples, sampler_loss
 
 BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
-CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings whose every pass the critic learns from
+CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings that the critic learns from
 
 
 # -----------------------------------------------------------------------------
@@ -145,24 +145,51 @@ def forward_blocks(trunk, model, x0, generator, share=None):
     return blocks, share.weigh(loss.sum(), 1, share.total)
 
 
-def critic_examples(model, batch, n_sequences, seed, iterations):
-    """Sequences as the shipped decoder fills and revises them, after each pass, and the same ones of real text.
+class Given:
+    """A filler for decode_block that draws the tokens of a text: what the trunk then sees is as if they were drawn."""
+    reach = 0
 
-    About n_sequences of the global batch are decoded, from their masks or, as often, from nothing; each process takes
-    its own. Of the real text the trunk sees what it would have seen had the decoder drawn the real tokens: the same
-    masks over the clean sequence. Returns CriticExamples, or None where no sequence is here.
+    def __init__(self, text):
+        self.text = text
+
+    def fill(self, xt, mask, *_):
+        return torch.where(mask, self.text, xt), torch.zeros_like(xt), 1
+
+    def fill_from_left(self, xt, mask, *_):
+        return *self.fill(xt, mask), None
+
+    def rescore(self, x, at, hidden):
+        return torch.ones(len(at[0]), dtype=torch.float64, device=x.device)
+
+
+def critic_examples(model, batch, n_sequences, seed, iterations):
+    """Sequences as the shipped decoder fills and revises them, and the same ones of real text.
+
+    About n_sequences of the global batch are decoded: every other time from nothing by default, in blocks where the
+    model has a sampler head, and taken as they stand at the end; else from their masks or, as often, from nothing by a
+    decoder that revises, and taken after each of its passes. Each process takes its own. Of the real text the trunk
+    sees what it would have seen had the decoder drawn the real tokens. Returns CriticExamples, or None where no
+    sequence is here.
     """
     generator = torch.Generator().manual_seed(derive(seed, 0))
     all_chosen = spread_choice(batch.share.total, n_sequences, generator)
     which, own = batch.share.of(all_chosen)
-    blank = bool(torch.randint(2, (), generator=generator))
+    by_default, blank = (bool(torch.randint(2, (), generator=generator)) for _ in range(2))
+    blank = blank or by_default
     if not len(own):
         return None
     x0, mask = batch.x0[own.to(batch.x0.device)], batch.mask[own.to(batch.x0.device)] | blank
     counts = [int((batch.all_masks[numbers] | blank).sum()) for numbers in (all_chosen[which], all_chosen)]
-    steps = []
-    config = default_config(model, iterations, prefix_only=blank, revising=True, seed=derive(seed, 1))
-    decode_block(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append)
+    config = default_config(model, iterations, prefix_only=blank, revising=not by_default, seed=derive(seed, 1))
+
+    def decoded(filler=None):
+        steps = []
+        decode_block(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append, filler)
+        return steps
+    steps = decoded()
+    if not config.mask_ratios:    # nothing is revised: the critic scores what is there at the end
+        generated, real = ((made[-1]['x'], made[-1]['hidden']) for made in (steps, decoded(Given(x0))))
+        return CriticExamples(generated, real, mask, torch.ones(len(mask), device=mask.device), *counts)
     n, hidden = len(steps), [0]
     masked = torch.stack([step['xt'] == model.mask_id for step in steps])
     for mask_now, read in zip(masked, model(torch.where(masked, model.mask_id, x0).flatten(0, 1)).chunk(n)):

@@ -22,6 +22,9 @@ class Processes:
         self.master_process = self.rank == 0
         self.device = device
         if self.world > 1:
+            if device.startswith('cuda:'):
+                raise InputError(f'device {device!r} with {self.world} processes would put all of them on one GPU; '
+                                 f'wanted cuda, of which each process takes its own')
             if device == 'cuda':
                 self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
                 torch.cuda.set_device(self.device)

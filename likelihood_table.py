@@ -1,8 +1,8 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
-likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes, waves
-(sequential steps of filling), nats_per_token and its standard error over sequences, bits_per_character, seconds for a
-batch of samples at temperature 1.
+likelihood.json has 'identity', what the figures depend on, and 'entries', a list: decoder ('naive', 'wavefront',
+'ar_baseline', 'nelbo'), plan, passes, waves (sequential steps of filling), nats_per_token and its standard error over
+sequences, bits_per_character, seconds for a batch of samples at temperature 1.
 """
 import json
 import math
@@ -15,6 +15,8 @@ from tqdm import tqdm
 import autoregressive
 import decoding
 import diffusion
+import figures
+import results
 from device import autocast
 from files import make_folder, write_atomically
 from filling import Wavefront
@@ -148,17 +150,21 @@ def plot(entries, corpus, path):
     axes[0].legend(fontsize=7)
     figure.suptitle(f'{corpus}: exact likelihood of decoders on held-out text')
     figure.tight_layout()
-    for kind in ('png', 'svg'):
-        figure.savefig(f'{path}.{kind}', dpi=120)
+    figures.save(figure, path)
     plt.close(figure)
 
 
-def write(evaluation, passes, out_dir, progress):
-    """Measure, print the table, write likelihood.json and the figure to out_dir."""
+def write(evaluation, passes, out_dir, progress, identity, overwrite):
+    """Measure, print the table, write likelihood.json and the figure to out_dir.
+
+    InputError, before anything is measured, where it holds those of another identity and may not overwrite them.
+    """
     make_folder(out_dir)
-    entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
     path = os.path.join(out_dir, 'likelihood')
-    write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())
+    if not overwrite:
+        results.read(f'{path}.json', identity)
+    entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
+    write_atomically(f'{path}.json', json.dumps({'identity': identity, 'entries': entries}, indent=1).encode())
     plot(entries, evaluation.corpus.meta['name'], path)
     print(table(entries))
     print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '

@@ -72,6 +72,7 @@ def check(config):
     if config.init_from == 'scratch':    # else the checkpoint says more
         check_reached(config)
         check_frozen(config)
+        check_learns(config, {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')})
 
 
 def check_values(values):
@@ -145,6 +146,29 @@ def check_reached(c):
         if getattr(c, f'add_{head}_head') and start > c.max_iters and not c.eval_only:
             raise InputError(f'start_{head}_iteration={start} is never reached, max_iters={c.max_iters}; wanted a '
                              f'larger max_iters, an earlier start, or add_{head}_head=False')
+
+
+def check_learns(c, starts, now=0):
+    """Learning rates that are 0 where something is to learn, in a run that goes on from iteration now.
+
+    starts {head: iteration at which it begins}. A head that warms up beyond the end of the decay would learn until the
+    warm-up ends and then stand still.
+    """
+    if c.eval_only:
+        return
+    if not (c.learning_rate or c.muon_learning_rate):
+        raise InputError('learning_rate=0 and muon_learning_rate=0 train nothing; wanted one of them above 0')
+    if c.final_lr_ratio > 0 or not 0 < c.lr_decay_iters < c.max_iters:
+        return
+    ended = f'lr_decay_iters={c.lr_decay_iters} ends all learning before max_iters={c.max_iters}, for final_lr_ratio=0'
+    ways_on = 'wanted a later lr_decay_iters, 0 for max_iters, or a final_lr_ratio above 0'
+    if now >= c.lr_decay_iters:
+        raise InputError(f'{ended}, and this run goes on from iteration {now}: nothing would train; {ways_on}')
+    for head in ('sampler', 'critic'):
+        begins = getattr(c, f'add_{head}_head') and starts[head] < c.max_iters
+        if begins and starts[head] + c.warmup_iters >= c.lr_decay_iters:
+            raise InputError(f'{ended}, but the {head} head begins at iteration {starts[head]} and would still be in '
+                             f'its warm-up then, warmup_iters={c.warmup_iters}; {ways_on}')
 
 
 def check_frozen(c):

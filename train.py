@@ -124,17 +124,21 @@ def train(config, processes):
     """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop."""
     corpus = processes.first_alone(lambda: load_or_prepare(config.dataset, config.offline_dataset, config.data_dir))
     corpus.check(config.block_size)
-    saved = checkpoint.open_for_run(config, corpus.meta)
-    if saved and config.dtype == 'auto':
-        config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
-    config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
-    micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
-    state, objective = build(config, corpus, saved, processes, share)
-    describe(config, corpus, state, micro_steps, share, processes)
     writes = processes.master_process and not config.eval_only
-    with locked(config.out_dir) if writes else nullcontext(), signals.noted() as stop:
-        log = MetricsLog(config, saved) if processes.master_process else None
-        ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop)
+    with locked(config.out_dir) if writes else nullcontext():
+        processes.barrier()    # no process looks at the checkpoint while another run may still replace it
+        if config.generator_checkpoint:    # kept with the judge: another generator may come to lie there
+            config.generator_weights = trunk.digest(config.generator_checkpoint)
+        saved = checkpoint.open_for_run(config, corpus.meta)
+        if saved and config.dtype == 'auto':
+            config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
+        config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
+        micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
+        state, objective = build(config, corpus, saved, processes, share)
+        describe(config, corpus, state, micro_steps, share, processes)
+        with signals.noted() as stop:
+            log = MetricsLog(config, saved) if processes.master_process else None
+            ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop)
     if log:
         log.close()
     if ended_by:

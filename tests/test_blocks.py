@@ -113,7 +113,7 @@ def block_choices(model, x, seeds):
 
 
 def test_loss_of_blocks_by_hand():
-    """Half the text's cross-entropy and a quarter of the block's, weighted by 1 / sqrt(1 + place in it).
+    """Half the text's cross-entropy and a quarter of the block's, weighted by 1 / sqrt(1 + position in it).
 
     Computed token by token: each from a pass that ends with the token before it, the block alone. Text and block are as
     long as the sequence, and over 200 seeds every size and place occurs.

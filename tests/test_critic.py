@@ -25,56 +25,91 @@ def examples(model, iterations, seed=5, B=8, n_sequences=4):
     return found.generated, real, mask, real[0][:n], mask[:n], passes
 
 
+def numbers_of(model, x0):
+    """Which sequences of tiny_batch these are: their noise goes by it."""
+    return [(tiny_batch(model).x0 == row).all(1).nonzero().item() for row in x0]
+
+
 def decoded(model, x0, free, config):
-    """The passes of a decoding, as on_pass sees them; sequences have the numbers that they have in tiny_batch."""
-    numbers = [(tiny_batch(model).x0 == row).all(1).nonzero().item() for row in x0]
+    """The passes of a decoding, as on_pass sees them."""
     steps = []
-    decode_block(model, x0, free, config, numbers, range(x0.size(1)), steps.append)
+    decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), steps.append)
     return steps
 
 
-def seed_of(model, whole):
-    """A seed with which whole sequences are decoded, or those with their text."""
-    return next(seed for seed in range(20) if examples(model, 1, seed)[4].all() == whole)
+def kind_of(model, seed):
+    """'blocks', 'revised' or 'given': what is decoded with a seed, by the decoder's settings that were asked for."""
+    asked = []
+
+    def spy(*args, **changes):
+        asked.append('blocks' if not changes['revising'] else 'revised')
+        asked[:] = asked if changes['prefix_only'] else ['given']
+        return default_config(*args, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, 'default_config', spy)
+        examples(model, 2, seed)
+    return asked[0]
 
 
-@pytest.mark.parametrize('whole', [True, False])
+def seed_of(model, kind):
+    return next(seed for seed in range(40) if kind_of(model, seed) == kind)
+
+
+def config_of(model, kind, iterations, **changes):
+    return default_config(model, iterations, prefix_only=kind != 'given', revising=kind == 'revised', **changes)
+
+
+def test_the_default_decoder_and_those_that_revise_are_learned_from():
+    """Samples in blocks were scored by a critic that had never seen one: it learned from revised text alone."""
+    kinds = [kind_of(tiny_model(), seed) for seed in range(40)]
+    assert 12 <= kinds.count('blocks') <= 28 and min(kinds.count('revised'), kinds.count('given')) >= 4
+    assert all(kind_of(tiny_model(add_sampler_head=False), seed) for seed in range(4)), 'a naive decoder serves as well'
+
+
+@pytest.mark.parametrize('kind', ['blocks', 'revised', 'given'])
 @pytest.mark.parametrize('iterations', [1, 2, 4])
-@pytest.mark.parametrize('changes', [{}, {'corrections': 2, 'temperature': 0.5, 'mask_ratios': (0.8, 0.4)}])
-def test_generated_text_is_what_the_shipped_decoder_makes(iterations, changes, whole, monkeypatch):
-    """After each of its passes, bit for bit, whatever its defaults are.
+@pytest.mark.parametrize('changes', [{}, {'corrections': 2, 'temperature': 0.5, 'end_temperature': 0.1}])
+def test_generated_text_is_what_the_shipped_decoder_makes(iterations, changes, kind, monkeypatch):
+    """At the end or, where it revises, after each of its passes, bit for bit, whatever its defaults are.
 
     The critic was trained on fills of one pass without corrections, and scored text of many passes with them.
     """
     model = tiny_model()
+    seed = seed_of(model, kind)
     monkeypatch.setattr(diffusion, 'default_config', lambda *args, **kwargs: default_config(*args, **kwargs | changes))
-    seed = seed_of(model, whole)
     generated, real, mask, x0, free, passes = examples(model, iterations, seed)
-    config = default_config(model, iterations, prefix_only=whole, revising=True, **changes | {'seed': derive(seed, 1)})
+    config = config_of(model, kind, iterations, **changes | {'seed': derive(seed, 1)})
     steps = decoded(model, x0, free, config)
-    assert len(steps) == passes == config.passes
-    assert torch.equal(generated[0], torch.cat([step['x'] for step in steps]))
-    assert torch.equal(generated[1], torch.cat([step['hidden'] for step in steps]))
+    assert len(steps) == config.passes == iterations and passes == (1 if kind == 'blocks' else iterations)
+    assert torch.equal(generated[0], torch.cat([step['x'] for step in steps[-passes:]]))
+    assert torch.equal(generated[1], torch.cat([step['hidden'] for step in steps[-passes:]]))
+    assert (generated[0] != model.mask_id).all()
     assert torch.equal(generated[0][~mask], real[0][~mask]), 'given text is the same on both sides'
-    assert (free.all(1) == whole).all() and config.plan == ('left-to-right' if whole else 'wavefront')
+    assert free.all(1).all() == (kind != 'given')
+    assert config.plan == {'blocks': 'blocks', 'revised': 'left-to-right', 'given': 'wavefront'}[kind]
 
 
-@pytest.mark.parametrize('whole', [True, False])
-def test_real_text_is_seen_as_if_the_decoder_had_drawn_it(whole, monkeypatch):
+@pytest.mark.parametrize('kind', ['blocks', 'revised', 'given'])
+def test_real_text_is_seen_as_if_the_decoder_had_drawn_it(kind, monkeypatch):
     """The same decoding with every draw replaced by the real token gives the trunk's views of the real side."""
     model = tiny_model()
-    seed = seed_of(model, whole)
+    seed = seed_of(model, kind)
     generated, real, mask, x0, free, passes = examples(model, 4, seed)
-    config = default_config(model, 4, prefix_only=whole, revising=True, seed=derive(seed, 1))
+    config = config_of(model, kind, 4, seed=derive(seed, 1))
     steps = decoded(model, x0, free, config)
     remasked = iter([step['remasked'] for step in steps])
+
+    def drawn(xt, mask, plain, self, *rest):
+        return torch.where(mask, x0, xt), *plain(self, xt, mask, *rest)[1:]
     for name in ('fill', 'fill_from_left'):
         plain = getattr(Wavefront, name)
-        monkeypatch.setattr(Wavefront, name, lambda *args, plain=plain: (x0, *plain(*args)[1:]))
+        monkeypatch.setattr(Wavefront, name, lambda self, xt, mask, *rest, plain=plain: drawn(
+            xt, mask, plain, self, *rest))
     monkeypatch.setattr(decoding, 'positions_to_remask', lambda *args: next(remasked))
     steps = decoded(model, x0, free, config)
-    assert len(steps) == passes == 4 and all(torch.equal(step['x'], x0) for step in steps)
-    assert torch.equal(real[1], torch.cat([step['hidden'] for step in steps]))
+    assert passes == (1 if kind == 'blocks' else 4) and torch.equal(steps[-1]['x'], x0)
+    assert torch.equal(real[0], x0.repeat(passes, 1))
+    assert torch.equal(real[1], torch.cat([step['hidden'] for step in steps[-passes:]]))
     assert not torch.equal(generated[1][mask], real[1][mask])
 
 
@@ -82,11 +117,27 @@ def test_the_critic_is_shown_in_training_what_it_scores_in_decoding():
     """The last example of a pass has the text, views and positions that the decoder's critic then scores."""
     model = tiny_model()
     seen = []
+    seed = seed_of(model, 'revised')
     hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
-    generated, real, mask, x0, free, _ = examples(model, 1)
+    generated, real, mask, x0, free, _ = examples(model, 1, seed)
     hook.remove()
     hidden, x, at, _ = seen[0]    # of the one pass of the decoder
     assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1])
+    assert torch.equal(torch.stack(at), mask.nonzero().T)
+
+
+def test_the_critic_is_shown_in_training_the_default_samples_that_it_scores():
+    """Text in blocks, with the trunk's views of it, as sample_simple.py decodes and scores it: nobody listens there."""
+    model = tiny_model()
+    seed = seed_of(model, 'blocks')
+    generated, real, mask, x0, free, _ = examples(model, 4, seed)
+    seen = []
+    hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
+    config = default_config(model, 4, seed=derive(seed, 1))
+    made = decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)))
+    hook.remove()
+    (hidden, x, at, _), = seen
+    assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1]) and torch.equal(made.x, x)
     assert torch.equal(torch.stack(at), mask.nonzero().T)
 
 

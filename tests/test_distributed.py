@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import distributed
 from conftest import ROOT, TINY, checkpoint_in, metrics_in
 from distributed import share_batch, share_of
 from errors import InputError
@@ -152,6 +153,13 @@ def test_sharing_by_hand():
     for accumulation, batch_size, world in ((1, 7, 2), (3, 10, 4), (2, 2, 3)):
         with pytest.raises(InputError, match=f'gradient_accumulation_steps={accumulation} .*batch_size={batch_size}'):
             share_batch(accumulation, batch_size, world)
+
+
+def test_one_gpu_for_all_processes_is_one_line(monkeypatch):
+    """`torchrun train.py --device=cuda:1` put every rank on that GPU."""
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(InputError, match="device 'cuda:1' with 2 processes.* wanted cuda,"):
+        distributed.Processes('cuda:1')
 
 
 def test_a_batch_that_cannot_be_shared_is_one_line(refused, tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ def shown_in_decoding(model, x, free, config):
     def before_head(head, args):
         view, projected, around, _, from_state = args
         if from_state is not None:    # else it rescores
-            for n, place in enumerate(at.pop(0)):
-                found.setdefault(place, (view[n], projected[n], around[n], from_state[n]))
+            for n, position in enumerate(at.pop(0)):
+                found.setdefault(position, (view[n], projected[n], around[n], from_state[n]))
     handle = model.sampler_head.register_forward_pre_hook(before_head)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
@@ -72,8 +72,8 @@ def shown_in_training(model, text, passes, seed):
     n_wave = int((examples.state_of < 0).sum())
     in_blocks = torch.arange(len(examples.targets)).sub(n_wave).remainder(T - 1 + len(blocks.positions)) >= T - 1
     shown = in_blocks == (passes > 1)
-    return {(place // T, place % T): (view[n], projected[n], around[n, :2], state[n])
-            for n, place in enumerate(examples.state_of.tolist()) if 0 <= place < text.numel() and shown[n]}
+    return {(position // T, position % T): (view[n], projected[n], around[n, :2], state[n])
+            for n, position in enumerate(examples.state_of.tolist()) if 0 <= position < text.numel() and shown[n]}
 
 
 @pytest.mark.parametrize('name, passes', [('left-to-right', 1), ('blocks', 4), ('blocks', 8)])
@@ -87,10 +87,10 @@ def test_training_shows_what_decoding_shows(name, passes):
     assert set(decoded) == {(b, i) for b in range(3) for i in range(T) if i % size}
     compared = set()
     for seed in range(200):
-        for place, trained in shown_in_training(model, text, passes, seed).items():
-            for a, b in zip(trained, decoded[place]):
-                torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=lambda m: f'{place}: {m}')
-            compared.add(place)
+        for position, trained in shown_in_training(model, text, passes, seed).items():
+            for a, b in zip(trained, decoded[position]):
+                torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=lambda m: f'{position}: {m}')
+            compared.add(position)
         if compared == set(decoded):
             break
     assert compared == set(decoded)

@@ -103,8 +103,8 @@ def test_each_example_has_the_state_of_its_own_position(given):
     assert (at >= 0).all() and (at % 24 > 0).all()
     assert len(at.unique()) == len(at) - (3 * len(blocks.positions) if given else 0), 'twice in a block'
     assert torch.equal(examples.text.flatten()[at], examples.targets[n:])
-    for place, around in zip(at.tolist(), examples.around[n:].tolist()):
-        row, i = divmod(place, 24)
+    for position, around in zip(at.tolist(), examples.around[n:].tolist()):
+        row, i = divmod(position, 24)
         left = [examples.text[row, j].item() if j >= 0 else model.mask_id for j in (i - 2, i - 1)]
         assert around == left + [model.mask_id] * 2
 

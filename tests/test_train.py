@@ -138,6 +138,27 @@ def test_the_critic_learns_in_every_so_many_iterations(train, tmp_path):
 # -----------------------------------------------------------------------------
 # kinds of run
 
+def test_bfloat16_trains_every_stage(train, tmp_path):
+    """Every loss and every weight is a number, each part has moved, and the loss falls."""
+    train(tmp_path, '--dtype=bfloat16')
+    entries, saved = metrics_in(tmp_path), checkpoint_in(tmp_path)
+    assert all(np.isfinite(value) for entry in entries for value in entry.values() if isinstance(value, float))
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in saved['model'].values())
+    assert saved['config']['dtype'] == 'bfloat16' and not saved['scaler']
+    first, last = (next(e for e in entries if e['iter'] == it and 'split' not in e) for it in (0, 11))
+    assert last['main'] < first['main'] - 0.1 and {'main', 'sampler', 'critic'} <= set(last)
+    assert all(saved['model'][name].abs().sum() > 0 for name in ('sampler_head.out.1.weight', 'critic_head.out.weight'))
+
+
+def test_a_run_that_never_gets_better_says_that_it_left_nothing(train, tmp_path, monkeypatch):
+    """With always_save_checkpoint=False no checkpoint is written then, which went unsaid."""
+    values = iter([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])    # of both splits
+    monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': next(values)})
+    out = train(tmp_path, *NO_HEADS, '--always_save_checkpoint=False', '--save_interval=0')
+    assert 'no evaluation was better than the first: there is no checkpoint' in out
+    assert not list(tmp_path.glob('*.pt'))
+
+
 def test_float16_trains_every_stage(train, tmp_path):
     """Scaled losses: every part learns, every loss is a number, and the scaler's state is in the checkpoint."""
     train(tmp_path, '--dtype=float16')
