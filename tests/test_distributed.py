@@ -1,7 +1,6 @@
 """Two processes are one run: the same losses and weights as one process with the same global batch."""
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, TINY, checkpoint_in, metrics_in
+from conftest import ROOT, TINY, both_of, checkpoint_in, metrics_in, start_two
 from distributed import share_batch, share_of
 from errors import InputError
 from generation import Decoding, together
@@ -21,31 +20,6 @@ SHORT = ['--max_iters=6', '--eval_interval=6', '--start_sampler_iteration=1', '-
 def start_together(toy_data, out_dir, *args):
     """A tiny training run in two processes -> what the first printed."""
     return start_two('train.py', *TINY, *SHORT, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
-
-
-def start_two(*command):
-    """What the first of two processes prints; both must succeed, and the second be silent."""
-    (out, *others), err, statuses = both_of(*command)
-    assert statuses == [0, 0], err
-    assert others == [''], 'the first process alone speaks'
-    return out
-
-
-def both_of(*command):
-    """The two processes that torchrun would start, without torchrun, which takes as long as they do.
-
-    Returns what each printed, its errors and its exit status: three lists.
-    """
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, *map(str, command)]
-    env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
-                        'OMP_NUM_THREADS': '1'}
-    started = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env=env | {'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
-    out, err = map(list, zip(*[process.communicate(timeout=120) for process in started]))
-    return out, err, [process.returncode for process in started]
 
 
 def assert_same_run(one, two, compared):
