@@ -5,12 +5,16 @@
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import heartbeat
 from errors import InputError
+
+LONGEST = timedelta(hours=3)    # that the others wait for the first, which evaluates and saves; heartbeat.py is quicker
 
 
 class Processes:
@@ -25,7 +29,8 @@ class Processes:
             if device == 'cuda':
                 self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
                 torch.cuda.set_device(self.device)
-            dist.init_process_group('nccl' if self.device.startswith('cuda') else 'gloo')
+            dist.init_process_group('nccl' if self.device.startswith('cuda') else 'gloo', timeout=LONGEST)
+            self.heartbeat = heartbeat.connected(self.rank, self.world, self.of_first)
 
     def print0(self, *args):
         """Print in the first process alone."""
@@ -90,10 +95,16 @@ class Processes:
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.world > 1:
-            if kind is None:
-                dist.barrier()    # the first may still be saving, and gloo aborts when the others leave
+        if self.world == 1:
+            return
+        if kind is None:
+            dist.barrier()    # the first may still be saving, and gloo aborts when the others leave
+            self.heartbeat.leave()
             dist.destroy_process_group()
+        else:
+            self.heartbeat.fail(error)
+            if isinstance(error, InputError):
+                leave(2)
 
 
 def leave(status=0):

@@ -3,12 +3,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from conftest import ROOT, TINY, both_of, checkpoint_in, metrics_in, start_two
+from conftest import ROOT, TINY, checkpoint_in, metrics_in, start_two
 from distributed import share_batch, share_of
 from errors import InputError
 from generation import Decoding, together
@@ -98,14 +97,6 @@ def test_what_a_stopped_process_did_not_make_ends_the_samples():
     assert together([part(0), part(3, 4)], 5).tokens == [[0]] and (whole.passes, whole.waves) == (4, 9)
 
 
-def test_one_error_is_one_line(tmp_path):
-    """The first of two processes speaks; torchrun, which would end the second then, is not there in this test."""
-    began = time.time()
-    out, err, statuses = both_of('sample_simple.py', '--out-dir', tmp_path)
-    assert statuses[0] == 2 and err[0].startswith('error: ') and err[0].count('\n') == 1 and time.time() - began > 5
-    assert out == ['', ''], 'nothing is shown'
-
-
 def test_sharing_by_hand():
     assert [share_of(5, rank, 2) for rank in (0, 1)] == [range(0, 3), range(3, 5)]
     assert [share_of(1, rank, 2) for rank in (0, 1)] == [range(0, 1), range(1, 1)]
@@ -115,13 +106,3 @@ def test_sharing_by_hand():
     for accumulation, batch_size, world in ((1, 7, 2), (3, 10, 4), (2, 2, 3)):
         with pytest.raises(InputError, match=f'gradient_accumulation_steps={accumulation} .*batch_size={batch_size}'):
             share_batch(accumulation, batch_size, world)
-
-
-def test_a_batch_that_cannot_be_shared_is_one_line(refused, tmp_path, monkeypatch):
-    """In the first of two processes, whose messages are left out."""
-    for name in ('init_process_group', 'barrier', 'destroy_process_group'):
-        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '0')
-    assert 'batch_size=7; wanted a multiple of 2' in refused(tmp_path, '--batch_size=7')
-    assert not list(tmp_path.iterdir())
