@@ -19,6 +19,7 @@ from noise import derive
 from plans import make_plan
 from progress import bar
 from sampler import sampler_examples, sampler_loss, spread_choice
+from sharding import whole
 
 BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
 CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings whose every pass the critic learns from
@@ -161,7 +162,7 @@ def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True,
         losses['sampler'] = sampler_loss(model.sampler_head, examples, model.wte.weight)
     if critic_rows:
         drawn = CRITIC_ITERATIONS[int(torch.randint(len(CRITIC_ITERATIONS), (), generator=generator))]
-        with evaluating(model):
+        with evaluating(model), whole(model):
             generated, real, mask = critic_examples(model, batch, critic_rows, seed, critic_iterations or drawn)
         losses['critic'], losses['critic_logits'], losses['critic_targets'] = critic_loss(
             model.critic_head, generated, real, mask, model.wte.weight)

@@ -20,10 +20,10 @@ LONGEST = timedelta(hours=3)    # that the others wait for the first, which eval
 class Processes:
     """The processes of a run, as torchrun's environment describes them; a run without torchrun has one."""
 
-    def __init__(self, device):
-        """device 'cuda', 'mps' or 'cpu'; .device is this process's own."""
+    def __init__(self, device, shard=False):
+        """device 'cuda', 'mps' or 'cpu'; .device is this process's own. shard: several divide the model among them."""
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.master_process = self.rank == 0
+        self.master_process, self.shards = self.rank == 0, shard and self.world > 1
         self.device = device
         if self.world > 1:
             if device == 'cuda':
@@ -68,7 +68,7 @@ class Processes:
 
     def wrap(self, module):
         """module with gradients averaged over processes, its weights made equal; anew when other parameters train."""
-        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+        if self.world == 1 or self.shards or not any(p.requires_grad for p in module.parameters()):
             return module
         ids = [self.device] if self.device.startswith('cuda') else None
         return DistributedDataParallel(module, device_ids=ids)

@@ -58,7 +58,7 @@ def start_two(*command):
 def both_of(*command):
     """What each of two processes printed, its errors and its exit status: three lists."""
     started = start_both(*command)
-    out, err = map(list, zip(*[process.communicate(timeout=120) for process in started]))
+    out, err = map(list, zip(*[process.communicate(timeout=400) for process in started]))
     return out, err, [process.returncode for process in started]
 
 

@@ -129,6 +129,15 @@ def noise_of_a_run(train, out_dir, *args):
     return [tuple(seeds) for seeds in found if len(seeds) == 4]
 
 
+def without_messages(monkeypatch):
+    """Of several processes the one whose RANK is set runs, and hears of no other."""
+    for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
+        monkeypatch.setattr(torch.distributed, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr('heartbeat.connected', lambda *args: SimpleNamespace(leave=lambda: None, fail=print))
+    monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
+    monkeypatch.setattr('distributed.leave', lambda: None)
+
+
 def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monkeypatch):
     """Every micro-step and every process once drew the same corrections, starts and stripe of sequences for the heads.
 
@@ -138,10 +147,7 @@ def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monk
     monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': 1.0})
     alone = noise_of_a_run(train, tmp_path / 'alone', '--gradient_accumulation_steps=4')
     assert len(alone) == 12 and len({seed for seeds in alone for seed in seeds}) == 48
-    for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
-        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
-    monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
-    monkeypatch.setattr('distributed.leave', lambda: None)
+    without_messages(monkeypatch)
     monkeypatch.setenv('WORLD_SIZE', '2')
     ranks = []
     for rank in '01':
@@ -155,10 +161,7 @@ def test_block_rows_are_shared_like_the_rows_of_the_heads(train, tmp_path, monke
     does not depend on the number of processes. Each read as many as one process alone.
     """
     monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': 1.0})
-    for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
-        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
-    monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
-    monkeypatch.setattr('distributed.leave', lambda: None)
+    without_messages(monkeypatch)
     plain, rows = diffusion.forward_blocks, []
     monkeypatch.setattr(diffusion, 'forward_blocks', lambda trunk, model, x0, generator: rows.append(
         len(x0)) or plain(trunk, model, x0, generator))
