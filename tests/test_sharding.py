@@ -1,4 +1,5 @@
-"""shard=True: two processes that divide the model are one run, and their checkpoints are like any other."""
+"""shard=True: two processes that divide the model are one run, and their checkpoints are like any other; a run goes on
+with another number of processes."""
 import re
 import shutil
 
@@ -40,12 +41,12 @@ def assert_same(one, two):
         training.torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-3, msg=lambda text: f'{name}: {text}')
 
 
-def start_sharded(toy_data, out_dir, *args):
-    return start_two('train.py', *TINY, *RUN, '--shard=True', f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
+def start(toy_data, out_dir, *args):
+    return start_two('train.py', *TINY, *RUN, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
 
 
 def test_two_processes_divide_a_model_and_one_goes_on(train, toy_data, whole, tmp_path):
-    out = start_sharded(toy_data, tmp_path, '--max_iters=6')
+    out = start(toy_data, tmp_path, '--shard=True', '--max_iters=6')
     assert 'weights, gradients and moments: divided among 2 processes' in out
     assert out.count('iter 6: val NELBO') == 1 and len(re.findall('^saved .*ckpt.pt', out, re.M)) == 3
     assert_same(whole / 'half', tmp_path)
@@ -53,10 +54,12 @@ def test_two_processes_divide_a_model_and_one_goes_on(train, toy_data, whole, tm
     assert_same(whole / 'whole', tmp_path)
 
 
-def test_two_processes_go_on_from_a_checkpoint_of_one(toy_data, whole, tmp_path):
-    """Through stage 3, whose decoding reads the weights of blocks elsewhere than in their forward."""
+@pytest.mark.parametrize('shard', [True, False])
+def test_two_processes_go_on_from_a_checkpoint_of_one(toy_data, whole, tmp_path, shard):
+    """With the same global batch, divided or not, through stage 3, whose decoding reads the weights of blocks elsewhere
+    than in their forward."""
     shutil.copytree(whole / 'half', tmp_path, dirs_exist_ok=True)
-    out = start_sharded(toy_data, tmp_path, '--init_from=resume')
+    out = start(toy_data, tmp_path, '--init_from=resume', f'--shard={shard}')
     assert 'stage 3' in out and 'critic auc' in out
     assert_same(whole / 'whole', tmp_path)
 
