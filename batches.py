@@ -38,3 +38,11 @@ def spread_choice(n_all, n, generator):
     """About n of n_all numbers, evenly spaced from a random offset, so that every masking ratio has its share."""
     stride = max(1, n_all // n)
     return torch.arange(int(torch.randint(stride, (), generator=generator)), n_all, stride)
+
+
+def untaught(head):
+    """The loss of a head of which this part of the global batch has no example: 0, with gradients of 0.
+
+    So all processes have gradients of the same weights, which they then average.
+    """
+    return 0 * sum(p.sum() for p in head.parameters())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from batches import Share, spread_choice
+from batches import Share, spread_choice, untaught
 from blocks import lay_out, views
 from critic import CriticExamples, critic_loss
 from decoding import decode_block, default_config
@@ -20,6 +20,7 @@ from noise import derive
 from plans import make_plan
 from progress import bar
 from sampler import sampler_examples, sampler_loss
+from sharding import whole
 
 BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
 CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings that the critic learns from
@@ -215,9 +216,9 @@ def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True,
         losses['sampler'] = batch.share.weigh(loss, len(examples.targets), examples.total)
     if critic_rows:
         drawn = CRITIC_ITERATIONS[int(torch.randint(len(CRITIC_ITERATIONS), (), generator=generator))]
-        with evaluating(model):
+        with evaluating(model), whole(model):
             examples = critic_examples(model, batch, critic_rows, seed, critic_iterations or drawn)
-        losses['critic'] = batch.hidden.new_zeros(())
+        losses['critic'] = untaught(model.critic_head)
         if examples:
             loss, losses['critic_logits'], losses['critic_targets'] = critic_loss(
                 model.critic_head, examples, model.wte.weight)

@@ -5,21 +5,25 @@
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import heartbeat
 from errors import InputError
+
+LONGEST = timedelta(hours=3)    # that the others wait for the first, which evaluates and saves; heartbeat.py is quicker
 
 
 class Processes:
     """The processes of a run, as torchrun's environment describes them; a run without torchrun has one."""
 
-    def __init__(self, device):
-        """device 'cuda', 'mps' or 'cpu'; .device is this process's own."""
+    def __init__(self, device, shard=False):
+        """device 'cuda', 'mps' or 'cpu'; .device is this process's own. shard: several divide the model among them."""
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.master_process = self.rank == 0
+        self.master_process, self.shards = self.rank == 0, shard and self.world > 1
         self.device = device
         if self.world > 1:
             if device.startswith('cuda:'):
@@ -28,7 +32,8 @@ class Processes:
             if device == 'cuda':
                 self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
                 torch.cuda.set_device(self.device)
-            dist.init_process_group('nccl' if self.device.startswith('cuda') else 'gloo')
+            dist.init_process_group('nccl' if self.device.startswith('cuda') else 'gloo', timeout=LONGEST)
+            self.heartbeat = heartbeat.connected(self.rank, self.world, self.of_first)
 
     def print0(self, *args):
         """Print in the first process alone."""
@@ -69,7 +74,7 @@ class Processes:
 
         some_wait: some parameters are not used in every iteration, or not by every process.
         """
-        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+        if self.world == 1 or self.shards or not any(p.requires_grad for p in module.parameters()):
             return module
         ids = [self.device] if self.device.startswith('cuda') else None
         return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=some_wait)
@@ -96,10 +101,16 @@ class Processes:
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.world > 1:
-            if kind is None:
-                dist.barrier()    # the first may still be saving, and gloo aborts when the others leave
+        if self.world == 1:
+            return
+        if kind is None:
+            dist.barrier()    # the first may still be saving, and gloo aborts when the others leave
+            self.heartbeat.leave()
             dist.destroy_process_group()
+        else:
+            self.heartbeat.fail(error)
+            if isinstance(error, InputError):
+                leave(2)
 
 
 def leave(status=0):

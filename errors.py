@@ -23,6 +23,10 @@ def within(source):
         raise type(error)(f'{source}: {error}') from error
 
 
+def say(error):
+    print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
+
+
 def run(main):
     """Call main(); an InputError becomes one line and exit status 2, Ctrl-C becomes status 130.
 
@@ -35,8 +39,8 @@ def run(main):
         main()
     except InputError as error:
         if int(os.environ.get('RANK', 0)):
-            time.sleep(5)    # of several processes the first says the same, and torchrun ends the others
-        print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
+            time.sleep(5)    # before processes have met: the first says the same, and torchrun ends the others
+        say(error)
         sys.exit(2)
     except BrokenPipeError:    # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,11 +2,13 @@
 
     python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --quick
     python evaluate.py --judge out-char-diffusion/judge_model.pt --out-dir out-evaluation
+    torchrun --standalone --nproc_per_node=4 evaluate.py --likelihood
 
 Every decoder writes the same number of samples with several numbers of forward passes, schedules, strengths of noise
 and temperatures. Two evaluators that share no weights score them: a causal model and a Kneser-Ney n-gram model. The
 causal model writes samples too, as the baseline. report.py compares decoders at real text's diversity. What is measured
-is kept in evaluation.json: an interrupted run goes on where it was, and later runs add to it.
+is kept in evaluation.json: an interrupted run goes on where it was, and later runs add to it. Several processes share
+the settings; each is measured by one of them, and the first alone prints and writes.
 """
 import environment    # before torch
 
@@ -18,7 +20,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -32,14 +34,14 @@ import results
 import signals
 from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from corpus import DATA_DIR, Corpus
-from decoding import DecoderConfig, linear_ratios
 from device import DTYPES, autocast, pick_device, pick_dtype
+from distributed import Processes, leave
 from errors import InputError, run
 from files import make_folder, write_atomically
 from judge import Judge
 from metrics import Reference, describe
 from ngram import NGram
-from plans import ANY_PASSES
+from recipes import BASELINE, PASSES, QUICK, RECIPES, TEMPERATURES, joined, list_settings
 from settings import SEEDS, Range, check_range
 from timing import synchronize
 
@@ -48,107 +50,14 @@ EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in tr
 
 
 # -----------------------------------------------------------------------------
-# what is measured
-
-@dataclass(frozen=True)
-class Recipe:
-    """A decoder and the choices it is given: each gets its best schedule, noise and temperature."""
-    config: dict                      # fields of DecoderConfig
-    fewest: int = 2                   # forward passes: with one, several decoders are the same
-    most: int = 64                    # forward passes, unless more are asked for
-    schedules: tuple = ('even',)      # or plans; the one known to be best first, which is the one of --quick
-    noises: tuple = (0.0,)            # strengths of the noise on the order, likewise
-
-
-RECIPES = {
-    # without the sampler head
-    'naive-random': Recipe(dict(use_sampler=False, order='random'), fewest=1),             # ancestral, MDLM's
-    'naive-confidence': Recipe(dict(use_sampler=False, order='confidence', revise=False),  # MaskGIT's
-                               schedules=('cosine', '0.95-0.05'), noises=(6.0, 2.0)),
-    'naive-remask': Recipe(dict(use_sampler=False, order='confidence', revise=True),       # as ReMDM: kept ones compete
-                           schedules=('0.4-0.01', '0.95-0.05'), noises=(2.0, 6.0)),
-    'naive-planned': Recipe(dict(use_sampler=False), schedules=('interleaved',)),
-    # with it
-    'wavefront': Recipe(dict(order='confidence'), 1, 16, ('0.7-0.05',), (2.0,)),
-    'wavefront-planned': Recipe({}, 2, 16, ('interleaved', 'blocks', 'spans')),
-    'left-to-right': Recipe(dict(plan='left-to-right', order='critic'), 1, 16, ('0.7-0.05',), (2.0, 4.0, 0.0)),
-    'wavefront-critic': Recipe(dict(order='critic'), 2, 16, ('0.7-0.05',), (2.0, 4.0, 0.0)),
-    'wavefront-corrected': Recipe(dict(order='critic', corrections=8), 1, 16, ('0.7-0.1',), (2.0,)),
-}
-BASELINE = 'ar_baseline'    # the evaluator's own samples; a forward pass for each token
-PASSES = (1, 4, 8, 16, 64)
-TEMPERATURES = (0.7, 0.85, 1.0, 1.2, 1.4)
-QUICK = {'decoders': ('naive-planned', 'naive-remask', 'left-to-right', 'wavefront-critic'), 'passes': (1, 4, 16),
-         'temperatures': (0.8, 1.0, 1.2)}
-
-
-@dataclass(frozen=True)
-class Setting:
-    decoder: str           # a name in RECIPES, or BASELINE
-    passes: int
-    schedule: str
-    noise: float
-    temperature: float
-
-    @property
-    def curve(self):
-        """Name of the curve over temperature that this setting lies on."""
-        noise = f', noise {self.noise:g}' if self.noise else ''
-        return f'{self.decoder}, {self.passes} passes' + (f', {self.schedule}{noise}' if self.schedule else '')
-
-    @property
-    def key(self):
-        return f'{self.curve}, temperature {self.temperature:g}'
-
-    def decoder_config(self, seed):
-        if self.schedule in ANY_PASSES:
-            passes = dict(plan=self.schedule, plan_passes=self.passes, mask_ratios=())
-        else:
-            passes = dict(mask_ratios=tuple(mask_ratios(self.schedule, self.passes)))
-        return DecoderConfig(temperature=self.temperature, randomness_strength=self.noise, seed=seed, **passes,
-                             **RECIPES[self.decoder].config)
-
-
-def mask_ratios(schedule, passes):
-    """Share remasked after each pass but the last.
-
-    'even' fills as many positions in each pass, 'cosine' is MaskGIT's, '0.7-0.1' falls linearly from one to the other.
-    """
-    if schedule == 'even':
-        return [1 - (i + 1) / passes for i in range(passes - 1)]
-    if schedule == 'cosine':
-        return [math.cos(math.pi / 2 * (i + 1) / passes) for i in range(passes - 1)]
-    start, end = map(float, schedule.split('-'))
-    return linear_ratios(passes, start, end)
-
-
-def list_settings(decoders, passes, temperatures, length, quick=False):
-    """Every setting that differs from the others in what it does, the baseline's first.
-
-    passes: () for those of PASSES that a recipe wants. InputError if that leaves a decoder without any.
-    """
-    curves = [(BASELINE, length - 1, '', 0.0)]
-    for name in decoders:
-        recipe = RECIPES[name]
-        chosen = [n for n in passes or PASSES if recipe.fewest <= n and (passes or n <= recipe.most)]
-        if not chosen:
-            raise InputError(f'--passes {joined(passes)} leaves {name} nothing to do, wanted {recipe.fewest} or more')
-        for n in chosen:
-            schedules, noises = (recipe.schedules, recipe.noises) if n > 1 else (('even',), (0.0,))
-            first = 1 if quick else None
-            curves += [(name, n, schedule, noise) for schedule in schedules[:first] for noise in noises[:first]]
-    return [Setting(*curve, temperature) for curve in curves for temperature in temperatures]
-
-
-# -----------------------------------------------------------------------------
 # measuring
 
 class Evaluation:
     """The models, the real text and what was measured so far."""
 
-    def __init__(self, args):
-        self.device = pick_device(args.device)
-        self.dtype = pick_dtype(args.dtype, self.device)
+    def __init__(self, args, processes):
+        self.processes, self.device = processes, processes.device
+        self.dtype = processes.of_first(lambda: pick_dtype(args.dtype, self.device))
         self.seed, self.n = args.seed, args.num_samples
         self.load_models(args)
         self.length = min(self.model.config.block_size, self.evaluator.config.block_size + 1)
@@ -196,17 +105,24 @@ class Evaluation:
         return {'checkpoint': digest(args.checkpoint), 'evaluator': digest(args.evaluator),
                 'judge': digest(args.judge) if args.judge else 'none', 'corpus': self.corpus.meta['sha256'],
                 'code': results.code_version(), 'seed': self.seed, 'num_samples': self.n, 'length': self.length,
-                'device': self.device, 'dtype': self.dtype, 'hardware': hardware, 'torch': torch.__version__}
+                'device': self.device.split(':')[0], 'dtype': self.dtype, 'hardware': hardware,
+                'torch': torch.__version__}
 
     def open_results(self, args):
-        """Results of the same identity go on; InputError for those of another, unless they are to be overwritten."""
+        """Results of the same identity go on; InputError for those of another, unless they are to be overwritten.
+
+        The first process reads them for all.
+        """
         self.path = os.path.join(args.out_dir, 'evaluation.json')
         identity = self.identity(args)
-        make_folder(args.out_dir)
-        found = None if args.overwrite else results.read(self.path, identity, results.check_evaluation)
-        self.result = found or {'identity': identity, 'reference': {}, 'settings': {}}
-        self.result |= {'command': shlex.join(['python', *sys.argv]), 'checkpoint': args.checkpoint,
-                        'corpus': self.corpus.meta['name'], 'batch': self.batch}
+
+        def read():
+            make_folder(args.out_dir)
+            found = None if args.overwrite else results.read(self.path, identity, results.check_evaluation)
+            return found or {'identity': identity, 'reference': {}, 'settings': {}}
+        self.result = self.processes.of_first(read) | {
+            'command': shlex.join(['python', *sys.argv]), 'checkpoint': args.checkpoint,
+            'corpus': self.corpus.meta['name'], 'batch': self.batch}
 
     @property
     def batch(self):
@@ -255,24 +171,40 @@ class Evaluation:
         synchronize(self.device)
         return x, time.perf_counter() - start
 
+    def measure_setting(self, setting):
+        """The entry of evaluation.json for a setting."""
+        batches = [range(i, min(i + self.batch, self.n)) for i in range(0, self.n, self.batch)]
+        decoded = [self.decode(setting, sequences) for sequences in batches]
+        x = torch.cat([x for x, _ in decoded])
+        return asdict(setting) | {
+            'curve': setting.curve, 'seconds_batch': decoded[0][1], 'seconds_1': self.decode(setting, range(1))[1],
+            'measures': self.measure(x), 'example': self.tokenizer.decode(x[0].tolist())}
+
     def run(self, settings, progress, stop):
-        """Measure the settings that are not measured yet, and keep each as soon as it is; end where stop says so."""
+        """Measure the settings that are not measured yet, one in each process at a time, and keep what is measured.
+
+        Returns the number of the signal that ended it early, as stop has it, else 0.
+        """
+        rank, world, ended_by = self.processes.rank, self.processes.world, 0
         todo = [setting for setting in settings if setting.key not in self.result['settings']]
-        bar = tqdm(todo, unit='setting', disable=not progress)
-        for decoder in dict.fromkeys(setting.decoder for setting in todo):    # the first call of a kind is slow
-            self.decode(next(s for s in todo if s.decoder == decoder), range(1))
-        for setting in bar:
-            if stop.number:
-                print(f'{signals.name_of(stop.number)}: what is measured is kept, the same command goes on with it')
-                sys.exit(128 + stop.number)
-            bar.set_description(setting.key)
-            batches = [range(i, min(i + self.batch, self.n)) for i in range(0, self.n, self.batch)]
-            decoded = [self.decode(setting, sequences) for sequences in batches]
-            x = torch.cat([x for x, _ in decoded])
-            self.result['settings'][setting.key] = asdict(setting) | {
-                'curve': setting.curve, 'seconds_batch': decoded[0][1], 'seconds_1': self.decode(setting, range(1))[1],
-                'measures': self.measure(x), 'example': self.tokenizer.decode(x[0].tolist())}
-            self.save()
+        own = todo[rank::world]
+        for decoder in dict.fromkeys(setting.decoder for setting in own):    # the first call of a kind is slow
+            self.decode(next(s for s in own if s.decoder == decoder), range(1))
+        with tqdm(todo, unit='setting', disable=not progress) as bar:
+            for start in range(0, len(todo), world):
+                if ended_by:
+                    print(f'{signals.name_of(ended_by)}: what is measured is kept, the same command goes on with it')
+                    return ended_by
+                at_once = todo[start:start + world]
+                bar.set_description(at_once[0].key)
+                entry = self.measure_setting(at_once[rank]) if rank < len(at_once) else None
+                entries, numbers = zip(*self.processes.gathered((entry, stop.number)))
+                self.result['settings'] |= {setting.key: entry for setting, entry in zip(at_once, entries)}
+                ended_by = max(numbers)
+                if self.processes.master_process:
+                    self.save()
+                bar.update(len(at_once))
+        return 0
 
 
 # -----------------------------------------------------------------------------
@@ -320,10 +252,6 @@ def arguments():
     return args
 
 
-def joined(values):
-    return ','.join(f'{value:g}' for value in values)
-
-
 def names(text):
     """'a,b' -> ('a', 'b'). InputError for an unknown decoder."""
     found = tuple(dict.fromkeys(text.split(','))) if text else ()
@@ -357,22 +285,37 @@ def usable_decoders(args, model):
     return [name for name in args.decoders if not lacks(name)]
 
 
-def main():
-    args = arguments()
-    evaluation = Evaluation(args)
-    progress = not args.no_progress and sys.stderr.isatty()
+def evaluate(args, processes):
+    """Measure what the flags ask for and write it; several processes share the work.
+
+    Returns the number of the signal that ended it early, else 0.
+    """
+    evaluation = Evaluation(args, processes)
+    progress = not args.no_progress and sys.stderr.isatty() and processes.master_process
     if args.likelihood:
         passes = args.passes or likelihood_table.PASSES
         identity = evaluation.identity(args) | {'passes': list(passes)}
         likelihood_table.write(evaluation, passes, args.out_dir, progress, identity, args.overwrite)
-        return
+        return 0
     evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)
     settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick)
-    evaluation.measure_reference()
+    if processes.master_process:
+        evaluation.measure_reference()
     with signals.noted('this setting') as stop:
-        evaluation.run(settings, progress, stop)
-    report.write(evaluation.result, [setting.key for setting in settings], args.out_dir)
+        ended_by = evaluation.run(settings, progress, stop)
+    if processes.master_process and not ended_by:
+        report.write(evaluation.result, [setting.key for setting in settings], args.out_dir)
+    return ended_by
+
+
+def main():
+    args = arguments()
+    with Processes(pick_device(args.device)) as processes, processes.first_speaks():
+        ended_by = evaluate(args, processes)
+    status = 128 + ended_by if ended_by else 0
+    leave(status)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

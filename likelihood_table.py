@@ -18,7 +18,7 @@ import diffusion
 import figures
 import results
 from device import autocast
-from files import make_folder, write_atomically
+from files import make_folder, require_file, write_atomically
 from filling import Wavefront
 from likelihood import log_likelihood
 from metrics import mean_error
@@ -54,39 +54,52 @@ def plan_of(model, name, passes, seed, sequences, device):
 def measure(evaluation, decoders, progress):
     """One entry for each decoder, after those of the bound and of the autoregressive baseline, on the same sequences.
 
-    evaluation: evaluate.Evaluation. The baseline is given one token of the text before, for it cannot begin by itself.
+    evaluation: evaluate.Evaluation, whose processes share the entries; all of them get all.
     """
-    model, device, dtype = evaluation.model, evaluation.device, evaluation.dtype
-    T = model.config.block_size
-    rows = torch.from_numpy(evaluation.corpus.spread_rows('val', SEQUENCES, T + 1)).to(device)
-    x0 = rows[:, 1:].contiguous()
-    bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
-
-    def entry(decoder, plan, passes, waves, nats, error, seconds):
-        return {'decoder': decoder, 'plan': plan, 'passes': passes, 'waves': waves, 'nats_per_token': nats,
-                'error': error, 'bits_per_character': nats * bits, 'seconds': seconds}
-
-    with autocast(device, dtype):
-        bound = diffusion.validate(model, x0, BATCH, evaluation.seed)
-        entries = [entry('nelbo', 'random', T, T, bound['nelbo'], bound['nelbo_error'], None)]
-        if T < evaluation.evaluator.config.block_size + 1:
-            exact = autoregressive.validate(evaluation.evaluator, rows, BATCH)
-            seconds = timed(evaluation, lambda sequences: autoregressive.generate(
-                evaluation.evaluator, rows[:len(sequences), :1], T + 1, sequences, evaluation.seed))
-            entries.append(entry('ar_baseline', 'left-to-right', T, T, exact['nll'], exact['nll_error'], seconds))
-        for decoder, name, passes in tqdm(decoders, unit='decoder', disable=not progress):
-            use_sampler, nll = decoder == 'wavefront', []
-            for start in range(0, SEQUENCES, BATCH):
-                sequences = range(start, min(start + BATCH, SEQUENCES))
-                plan = plan_of(model, name, passes, evaluation.seed, sequences, device)
-                nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
-            one = Plan(plan.pass_of[:1], plan.wave_of[:1])
-            config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
-                                            seed=evaluation.seed)
-            seconds = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
-            mean = mean_error(torch.cat(nll).tolist())
-            entries.append(entry(decoder, name, passes, one.steps(use_sampler), *mean, seconds))
+    T, processes = evaluation.model.config.block_size, evaluation.processes
+    rows = torch.from_numpy(evaluation.corpus.spread_rows('val', SEQUENCES, T + 1)).to(evaluation.device)
+    todo = [('nelbo', 'random', T), *decoders]
+    if T < evaluation.evaluator.config.block_size + 1:
+        todo.insert(1, ('ar_baseline', 'left-to-right', T))
+    own = []
+    with autocast(evaluation.device, evaluation.dtype):
+        for line in tqdm(todo[processes.rank::processes.world], unit='decoder', disable=not progress):
+            own.append(measure_decoder(evaluation, rows, *line))
+    entries = [None] * len(todo)
+    for rank, part in enumerate(processes.gathered(own)):
+        entries[rank::processes.world] = part
     return entries
+
+
+def measure_decoder(evaluation, rows, decoder, name, passes):
+    """The entry of a decoder on rows (SEQUENCES, T + 1).
+
+    The baseline is given one token of the text before, for it cannot begin by itself.
+    """
+    model, seed, x0 = evaluation.model, evaluation.seed, rows[:, 1:].contiguous()
+    waves, seconds = passes, None
+    if decoder == 'nelbo':
+        bound = diffusion.validate(model, x0, BATCH, seed)
+        nats, error = bound['nelbo'], bound['nelbo_error']
+    elif decoder == 'ar_baseline':
+        exact = autoregressive.validate(evaluation.evaluator, rows, BATCH)
+        nats, error = exact['nll'], exact['nll_error']
+        seconds = timed(evaluation, lambda sequences: autoregressive.generate(
+            evaluation.evaluator, rows[:len(sequences), :1], rows.size(1), sequences, seed))
+    else:
+        use_sampler, nll = decoder == 'wavefront', []
+        for start in range(0, SEQUENCES, BATCH):
+            sequences = range(start, min(start + BATCH, SEQUENCES))
+            plan = plan_of(model, name, passes, seed, sequences, evaluation.device)
+            nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
+        nats, error = mean_error(torch.cat(nll).tolist())
+        waves = Plan(plan.pass_of[:1], plan.wave_of[:1]).steps(use_sampler)
+        config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
+                                        seed=seed)
+        seconds = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
+    bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
+    return {'decoder': decoder, 'plan': name, 'passes': passes, 'waves': waves, 'nats_per_token': nats, 'error': error,
+            'bits_per_character': nats * bits, 'seconds': seconds}
 
 
 def sample(evaluation, config, sequences):
@@ -155,16 +168,23 @@ def plot(entries, corpus, path):
 
 
 def write(evaluation, passes, out_dir, progress, identity, overwrite):
-    """Measure, print the table, write likelihood.json and the figure to out_dir.
+    """Measure, print the table, write likelihood.json and the figure to out_dir: the first process does for all.
 
     InputError, before anything is measured, where it holds those of another identity and may not overwrite them.
     """
-    make_folder(out_dir)
-    path = os.path.join(out_dir, 'likelihood')
-    if not overwrite:
-        results.read(f'{path}.json', identity)
+    path, processes = os.path.join(out_dir, 'likelihood'), evaluation.processes
+
+    def prepare():
+        make_folder(out_dir)
+        if os.path.lexists(f'{path}.json') and not overwrite:
+            require_file(f'{path}.json', 'results that evaluate.py wrote, or nothing')
+            results.require_identity(f'{path}_identity.json', identity)
+    processes.of_first(prepare)
     entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
-    write_atomically(f'{path}.json', json.dumps({'identity': identity, 'entries': entries}, indent=1).encode())
+    if not processes.master_process:
+        return
+    write_atomically(f'{path}_identity.json', json.dumps({'identity': identity}, indent=1).encode())
+    write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())
     plot(entries, evaluation.corpus.meta['name'], path)
     print(table(entries))
     print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '

@@ -33,7 +33,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         # a function, not a module: the parameters are those of model, once
-        compiled = config.compile and config.device.startswith('cuda')
+        compiled = config.compile and not config.shard and config.device.startswith('cuda')
         self.trunk = torch.compile(model.forward) if compiled else model.forward
 
 

@@ -1,4 +1,5 @@
 """How far a long step is: bars on standard error, none where that is no terminal; how long a run will still take."""
+import os
 import sys
 
 from tqdm import tqdm
@@ -6,7 +7,8 @@ from tqdm import tqdm
 
 def bar(steps, what, show=True):
     """Go through steps, with a bar that is gone when they are done; show False: without."""
-    return tqdm(steps, what, leave=False, disable=not (show and sys.stderr.isatty()))
+    first = not int(os.environ.get('RANK', 0))    # of several processes
+    return tqdm(steps, what, leave=False, disable=not (show and first and sys.stderr.isatty()))
 
 
 def duration(seconds):

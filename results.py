@@ -13,9 +13,9 @@ from errors import InputError
 from files import require_file
 
 # what decides results besides the files that are named; report.py only presents them
-SOURCES = ('autoregressive', 'blocks', 'cache', 'corpus', 'critic', 'decoding', 'device', 'diffusion', 'evaluate',
-           'filling', 'judge', 'layers', 'likelihood', 'likelihood_table', 'metrics', 'model', 'ngram', 'noise',
-           'plans', 'sampler', 'timing')
+SOURCES = ('autoregressive', 'batches', 'blocks', 'cache', 'corpus', 'critic', 'decoding', 'device', 'diffusion',
+           'evaluate', 'filling', 'judge', 'layers', 'likelihood', 'likelihood_table', 'metrics', 'model', 'ngram', 'noise',
+           'plans', 'recipes', 'sampler', 'timing')
 MEASURES = ('nll', 'nll_ngram', 'distinct4', 'entropy')    # that no report can do without
 SETTING = {'decoder': str, 'passes': int, 'schedule': str, 'noise': float, 'temperature': float, 'curve': str,
            'seconds_1': float, 'seconds_batch': float, 'measures': dict}
@@ -54,6 +54,13 @@ def read(path, identity, check=lambda result: None):
         raise InputError(f'{path!r} holds results of another identity ({"; ".join(differing)}); '
                          f'give another --out-dir, or --overwrite to replace them')
     return result
+
+
+def require_identity(path, identity):
+    """InputError unless path says that what lies beside it is of this identity."""
+    if read(path, identity) is None:
+        raise InputError(f'{path!r} is not there, so what the results beside it are of is not known; give another '
+                         f'--out-dir, or --overwrite to replace them')
 
 
 def check_evaluation(result):

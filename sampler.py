@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from batches import spread_choice
+from batches import spread_choice, untaught
 from layers import norm
 
 
@@ -306,7 +306,7 @@ def confidence(logits):
 def sampler_loss(head, examples, wte):
     """Cross-entropy of the head on SamplerExamples, nats, averaged; its gradient reaches the head alone. wte (V, C)."""
     if not len(examples.targets):
-        return wte.new_zeros(())
+        return untaught(head)
     hidden = examples.hidden.detach()
     tables, around = head.local.tables_for(wte, examples.around)
     state = None

@@ -122,6 +122,9 @@ def check_together(c):
     if c.trunk_checkpoint and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
         raise InputError(f'trunk_checkpoint is of a masked-diffusion model; with attention_type={c.attention_type} and '
                          f'model_mode={c.model_mode} wanted none')
+    if c.shard and c.dtype == 'float16':
+        raise InputError('shard=True with dtype=float16: an overflow in one process would be unknown to the others; '
+                         'wanted bfloat16 or float32')
     check_stages(c)
     if 0 < c.lr_decay_iters <= c.warmup_iters:
         raise InputError(f'lr_decay_iters={c.lr_decay_iters} comes before the warm-up ends, warmup_iters='

@@ -19,12 +19,14 @@ import torch
 
 import checkpoint
 import memory
+import sharding
 import signals
 import trunk
 from batches import Share
 from configurator import configure
 from corpus import DATA_DIR, load_or_prepare
-from device import autocast, bfloat16_speedup, pick_device, pick_dtype
+from description import describe_run
+from device import autocast, pick_device, pick_dtype
 from distributed import Processes, leave, share_batch, without_sync
 from errors import InputError, WriteError, run
 from files import locked
@@ -103,7 +105,8 @@ final_lr_ratio = 0.0        # learning rate at the end, as a share of the highes
 # system
 device = 'auto'             # 'cuda', 'mps', 'cpu'; auto takes the first there is
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16'; auto takes bfloat16 where that is faster
-compile = True              # on CUDA alone
+compile = True              # on CUDA alone, without shard
+shard = False               # weights, gradients and moments are divided among several processes (FSDP2)
 seed = 1337                 # of weights, batches, masks and all other noise
 settings = {k: v for k, v in globals().items() if k[0] != '_' and k.islower() and isinstance(v, (int, float, str))}
 # -----------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def main():
     config = SimpleNamespace(**configure(settings, sys.argv[1:]))
     check(config)
     config.device = pick_device(config.device)
-    with Processes(config.device) as processes:
+    with Processes(config.device, config.shard) as processes:
         train(config, processes)
 
 
@@ -132,10 +135,11 @@ def train(config, processes):
         saved = checkpoint.open_for_run(config, corpus.meta)
         if saved and config.dtype == 'auto':
             config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
+            check(config)
         config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
         micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
         state, objective = build(config, corpus, saved, processes, share)
-        describe(config, corpus, state, micro_steps, share, processes)
+        processes.print0(describe_run(config, corpus, state, micro_steps, share, processes.world))
         with signals.noted() as stop:
             log = MetricsLog(config, saved) if processes.master_process else None
             ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop)
@@ -159,7 +163,8 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
         if stage(config, state.start_iter, it) != current_stage:
             current_stage = stage(config, state.start_iter, it)
             processes.print0(f'stage {current_stage}: {describe_stage(config, current_stage)}')
-            choose_trainable(config, state.model, current_stage)
+            if not processes.shards:
+                choose_trainable(config, state.model, current_stage)
             module = processes.wrap(objective, some_wait=current_stage > 1)
         set_learning_rates(config, state, it)
 
@@ -170,11 +175,11 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
         saves = it > start and (ending or save_is_due(config, it)) and not evaluates
         if evaluates or saves:
             check_finite(config, state, watch)
-            if processes.master_process:
+            if processes.master_process or processes.shards:
                 if evaluates:
                     evaluate_and_save(config, state, objective, corpus, log, current_stage, processes)
                 else:
-                    save(config, state, corpus)
+                    save(config, state, corpus, processes)
             clock, since = time.time(), it
         if ending:
             processes.print0(f'{signals.name_of(ending)} at iteration {it}; '
@@ -234,7 +239,8 @@ def build(config, corpus, saved, processes, share):
     torch.manual_seed(config.seed)
     args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     model_config = GPTConfig(**args | {'vocab_size': corpus.meta['vocab_size']})
-    memory.require_for_training(config, model_config, processes.device, share)
+    parts = processes.world if processes.shards else 1
+    memory.require_for_training(config, model_config, processes.device, share, parts)
     model = GPT(model_config)
     generator = None
     if config.generator_checkpoint:
@@ -247,7 +253,7 @@ def build(config, corpus, saved, processes, share):
         if config.trunk_checkpoint:
             trunk.start_from(model, config.trunk_checkpoint, corpus.meta)
             processes.print0(f'The trunk is that of {config.trunk_checkpoint}')
-    model.to(processes.device)
+    model.to('cpu' if processes.shards else processes.device)    # when it is divided its parts move
     scaler = torch.amp.GradScaler(processes.device.split(':')[0], enabled=config.dtype == 'float16')
     start_iter = {'trunk': 0, 'sampler': config.start_sampler_iteration, 'critic': config.start_critic_iteration}
     state = State(model, make_optimizers(config, model), scaler, start_iter)
@@ -258,7 +264,12 @@ def build(config, corpus, saved, processes, share):
             processes.print0(f'{path} has no {head} head: a fresh one is added')
         if checkpoint.changed_settings(saved, config):
             processes.print0(f'changed settings: {", ".join(checkpoint.changed_settings(saved, config))}')
-    return state, make_objective(model, config, generator)
+    objective = make_objective(model, config, generator)
+    if processes.shards:
+        choose_trainable(config, model, current_stage=3)    # for good: a part that has no loss yet has no gradient
+        state.optimizers = sharding.shard(objective, state.optimizers, processes,
+                                          lambda muon: make_optimizers(config, model, muon))
+    return state, objective
 
 
 def choose_trainable(config, model, current_stage):
@@ -268,27 +279,6 @@ def choose_trainable(config, model, current_stage):
     for part, params in model.parts().items():
         for p in params:
             p.requires_grad_(on[part])
-
-
-def describe(config, corpus, state, micro_steps, share, processes):
-    """Print what the run is, as the guide shows it."""
-    counts = {part: sum(p.numel() for p in params) for part, params in state.model.parts().items()}
-    total, sequences = sum(counts.values()), config.batch_size * config.gradient_accumulation_steps
-    shares = ', '.join(f'{part} {n:,}, {n / total:.1%}' for part, n in counts.items())
-    plural = lambda n, word: f'{n} {word}' + ('es' if word == 'process' else 's') * (n > 1)
-    speedup = f', where bfloat16 is {bfloat16_speedup():.1f} times as fast as float32' if config.device == 'cpu' else ''
-    lines = [
-        f'Using {config.attention_type} attention',
-        config.add_sampler_head and f'Sampler head enabled (start_iter={state.start_iter["sampler"]})',
-        config.add_critic_head and f'Critic head enabled (alpha={config.critic_alpha})',
-        f'number of parameters: {total / 1e6:.2f} M ({shares})',
-        f'{corpus.meta["name"]}: {corpus.meta["train_tokens"]:,} training tokens, {config.max_iters:,} iterations of '
-        f'{sequences * config.block_size:,} tokens',
-        f'global batch: {sequences} sequences = {plural(processes.world, "process")} x '
-        f'{plural(micro_steps, "micro-step")} x {config.batch_size // share} sequences',
-        f'{config.dtype} on {config.device}{speedup}; seed {config.seed}',
-        'settings: ' + ' '.join(f'{k}={v}' for k, v in vars(config).items())]
-    processes.print0('\n'.join(filter(None, lines)))
 
 
 # -----------------------------------------------------------------------------
@@ -316,7 +306,8 @@ def update(config, state):
             continue
         for optimizer in optimizers:
             state.scaler.unscale_(optimizer)
-        norms[f'the gradient of the {part}'] = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
+        norms[f'the gradient of the {part}'] = sharding.full(norm)
         for optimizer in optimizers:
             state.scaler.step(optimizer)
             optimizer.zero_grad()
@@ -342,18 +333,22 @@ def evaluate_and_save(config, state, objective, corpus, log, current_stage, proc
     best, state.best_val_loss = state.best_val_loss, min(value, state.best_val_loss)
     if config.eval_only or state.iter_num == 0:
         return
-    if not save(config, state, corpus, better) and not state.saved.startswith(repr(checkpoint.best_path_of(config))):
+    if not save(config, state, corpus, processes, better) and \
+            not state.saved.startswith(repr(checkpoint.best_path_of(config))):
         state.best_val_loss = best    # which is what the files hold
     if state.iter_num == config.max_iters and not state.saved:
-        print('no evaluation was better than the first: there is no checkpoint')
+        processes.print0('no evaluation was better than the first: there is no checkpoint')
 
 
-def save(config, state, corpus, better=None):
+def save(config, state, corpus, processes, better=None):
     """Write what the present state earns; better: than before, None if it was not evaluated. Returns whether it could.
 
     Where the disk is full that is said and training goes on, unless it was to stop or this was the last chance.
     """
     contents = checkpoint.contents(state, asdict(state.model.config), vars(config), corpus.meta, better is not None)
+    contents = sharding.gathered(contents, keep=processes.master_process)
+    if not processes.master_process:
+        return True
     try:
         for path in checkpoint.save_where_due(config, contents, better, first=not state.saved):
             state.saved = f'{path!r} of iteration {state.iter_num}'
@@ -382,8 +377,9 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
         others = [f'{name.replace("_", " ")} {result[name]:.4f}'
                   for name in ('main', 'sampler', 'one_pass_nll', 'critic', 'critic_auc', 'rank_correlation')
                   if name in result]
-        print(f'iter {state.iter_num}: {split} {text}' + (f' ({", ".join(others)})' if others else ''), flush=True)
-        log.write({'iter': state.iter_num, 'split': split} | result)
+        processes.print0(f'iter {state.iter_num}: {split} {text}' + (f' ({", ".join(others)})' if others else ''))
+        if log:
+            log.write({'iter': state.iter_num, 'split': split} | result)
     state.model.train()
     return result[objective.figure]
 

@@ -6,6 +6,8 @@ import json
 import os
 import runpy
 import shutil
+import socket
+import subprocess
 import sys
 
 import numpy as np
@@ -44,6 +46,33 @@ def run_script(name, *args, cwd=ROOT):
         except SystemExit as stop:
             status = stop.code or 0
     return status, out.getvalue(), err.getvalue()
+
+
+def start_two(*command):
+    """What the first of two processes prints; both must succeed, and the second be silent."""
+    (out, *others), err, statuses = both_of(*command)
+    assert statuses == [0, 0], err
+    assert others == [''], 'the first process alone speaks'
+    return out
+
+
+def both_of(*command):
+    """What each of two processes printed, its errors and its exit status: three lists."""
+    started = start_both(*command)
+    out, err = map(list, zip(*[process.communicate(timeout=400) for process in started]))
+    return out, err, [process.returncode for process in started]
+
+
+def start_both(*command):
+    """The two processes that torchrun would start, without torchrun, which takes as long as they do."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, *map(str, command)]
+    env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
+                        'OMP_NUM_THREADS': '1'}
+    return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env=env | {'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
 
 
 @pytest.fixture(scope='session')

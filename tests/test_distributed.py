@@ -1,16 +1,14 @@
 """Two processes are one run: the same losses and weights as one process with the same global batch."""
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import distributed
-from conftest import ROOT, TINY, checkpoint_in, metrics_in
+from conftest import ROOT, TINY, checkpoint_in, metrics_in, start_two
 from distributed import share_batch, share_of
 from errors import InputError
 from generation import Decoding, together
@@ -22,31 +20,6 @@ SHORT = ['--max_iters=6', '--eval_interval=6', '--start_sampler_iteration=1', '-
 def start_together(toy_data, out_dir, *args):
     """A tiny training run in two processes -> what the first printed."""
     return start_two('train.py', *TINY, *SHORT, f'--data_dir={toy_data}', f'--out_dir={out_dir}', *args)
-
-
-def start_two(*command):
-    """What the first of two processes prints; both must succeed, and the second be silent."""
-    (out, *others), err, statuses = both_of(*command)
-    assert statuses == [0, 0], err
-    assert others == [''], 'the first process alone speaks'
-    return out
-
-
-def both_of(*command):
-    """The two processes that torchrun would start, without torchrun, which takes as long as they do.
-
-    Returns what each printed, its errors and its exit status: three lists.
-    """
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, *map(str, command)]
-    env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
-                        'OMP_NUM_THREADS': '1'}
-    started = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env=env | {'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
-    out, err = map(list, zip(*[process.communicate(timeout=120) for process in started]))
-    return out, err, [process.returncode for process in started]
 
 
 def assert_same_run(one, two, compared):
@@ -136,14 +109,6 @@ def test_what_a_stopped_process_did_not_make_ends_the_samples():
     assert together([part(0), part(3, 4)], 5).tokens == [[0]] and (whole.passes, whole.waves) == (4, 9)
 
 
-def test_one_error_is_one_line(tmp_path):
-    """The first of two processes speaks; torchrun, which would end the second then, is not there in this test."""
-    began = time.time()
-    out, err, statuses = both_of('sample_simple.py', '--out-dir', tmp_path)
-    assert statuses[0] == 2 and err[0].startswith('error: ') and err[0].count('\n') == 1 and time.time() - began > 5
-    assert out == ['', ''], 'nothing is shown'
-
-
 def test_sharing_by_hand():
     assert [share_of(5, rank, 2) for rank in (0, 1)] == [range(0, 3), range(3, 5)]
     assert [share_of(1, rank, 2) for rank in (0, 1)] == [range(0, 1), range(1, 1)]
@@ -160,13 +125,3 @@ def test_one_gpu_for_all_processes_is_one_line(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(InputError, match="device 'cuda:1' with 2 processes.* wanted cuda,"):
         distributed.Processes('cuda:1')
-
-
-def test_a_batch_that_cannot_be_shared_is_one_line(refused, tmp_path, monkeypatch):
-    """In the first of two processes, whose messages are left out."""
-    for name in ('init_process_group', 'barrier', 'destroy_process_group'):
-        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '0')
-    assert 'batch_size=7; wanted a multiple of 2' in refused(tmp_path, '--batch_size=7')
-    assert not list(tmp_path.iterdir())

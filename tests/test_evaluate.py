@@ -12,9 +12,11 @@ import autoregressive
 import diffusion
 import evaluate
 import metrics
+import recipes
 import report
 from conftest import NO_HEADS
 from decoding import DecoderConfig, decode_block, linear_ratios
+from errors import InputError
 
 T, LETTERS = 48, 3
 STEP = np.array([[0.8, 0.15, 0.05], [0.1, 0.7, 0.2], [0.25, 0.05, 0.7]])    # [last letter, next letter]
@@ -93,7 +95,7 @@ def test_a_decoder_known_to_be_wrong_scores_worse():
     model, x = Perfect(), torch.full((24, T), LETTERS)
 
     def decode(passes):
-        ratios = tuple(evaluate.mask_ratios('even', passes))
+        ratios = tuple(recipes.mask_ratios('even', passes))
         config = DecoderConfig(use_sampler=False, order='random', mask_ratios=ratios)
         decoded = decode_block(model, x, x == LETTERS, config, range(24), range(T))
         return metrics.mean_error(evaluator_nll(decoded.x).tolist())
@@ -106,28 +108,28 @@ def test_a_decoder_known_to_be_wrong_scores_worse():
 # what is measured
 
 def test_every_setting_differs_in_what_it_does():
-    settings = evaluate.list_settings(list(evaluate.RECIPES), (), (0.8, 1.0), length=256)
+    settings = recipes.list_settings(list(recipes.RECIPES), (), (0.8, 1.0), length=256)
     assert len({s.key for s in settings}) == len(settings)
     assert len({s.curve for s in settings}) == len(settings) / 2
-    configs = [str(s.decoder_config(1)) for s in settings if s.decoder != evaluate.BASELINE]
+    configs = [str(s.decoder_config(1)) for s in settings if s.decoder != recipes.BASELINE]
     assert len(set(configs)) == len(configs)
-    assert all(s.decoder_config(1).passes == s.passes for s in settings if s.decoder != evaluate.BASELINE)
-    assert sum(s.decoder == evaluate.BASELINE for s in settings) == 2 and settings[0].passes == 255
+    assert all(s.decoder_config(1).passes == s.passes for s in settings if s.decoder != recipes.BASELINE)
+    assert sum(s.decoder == recipes.BASELINE for s in settings) == 2 and settings[0].passes == 255
 
 
 def test_passes_that_are_asked_for_are_measured():
-    settings = evaluate.list_settings(['wavefront'], (64,), (1.0,), length=256)
+    settings = recipes.list_settings(['wavefront'], (64,), (1.0,), length=256)
     assert [s.passes for s in settings] == [255, 64]
-    assert all(s.passes <= 16 for s in evaluate.list_settings(['wavefront'], (), (1.0,), length=256)[1:])
-    with pytest.raises(evaluate.InputError, match='naive-confidence nothing to do'):
-        evaluate.list_settings(['naive-confidence'], (1,), (1.0,), length=256)
+    assert all(s.passes <= 16 for s in recipes.list_settings(['wavefront'], (), (1.0,), length=256)[1:])
+    with pytest.raises(InputError, match='naive-confidence nothing to do'):
+        recipes.list_settings(['naive-confidence'], (1,), (1.0,), length=256)
 
 
 def test_schedules_by_hand():
-    assert evaluate.mask_ratios('even', 4) == pytest.approx([0.75, 0.5, 0.25])
-    assert evaluate.mask_ratios('cosine', 3) == pytest.approx([math.cos(math.pi / 6), math.cos(math.pi / 3)])
-    assert evaluate.mask_ratios('0.7-0.1', 4) == pytest.approx([0.7, 0.4, 0.1]) == linear_ratios(4, 0.7, 0.1)
-    assert all(evaluate.mask_ratios(name, 1) == [] for name in ('even', 'cosine', '0.7-0.1'))
+    assert recipes.mask_ratios('even', 4) == pytest.approx([0.75, 0.5, 0.25])
+    assert recipes.mask_ratios('cosine', 3) == pytest.approx([math.cos(math.pi / 6), math.cos(math.pi / 3)])
+    assert recipes.mask_ratios('0.7-0.1', 4) == pytest.approx([0.7, 0.4, 0.1]) == linear_ratios(4, 0.7, 0.1)
+    assert all(recipes.mask_ratios(name, 1) == [] for name in ('even', 'cosine', '0.7-0.1'))
 
 
 # -----------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_a_head_that_is_missing(evaluated, models, train):
         train(models / 'plain', *NO_HEADS)
     status, _, err = evaluated('--decoders', 'wavefront', checkpoint='plain')
     assert status == 2 and 'no sampler head, which --decoders wavefront needs' in err
-    args = SimpleNamespace(decoders=tuple(evaluate.RECIPES), named=False)
+    args = SimpleNamespace(decoders=tuple(recipes.RECIPES), named=False)
     plain = SimpleNamespace(sampler_head=None, critic_head=None)
     assert all(name.startswith('naive') for name in evaluate.usable_decoders(args, plain))
 

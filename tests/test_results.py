@@ -33,8 +33,10 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     monkeypatch.setattr(likelihood_table, 'BATCH', 2)
     flags = ['--likelihood', '--passes', '1,2']
     assert evaluated(*flags, samples=False)[0] == 0
-    found = json.loads((tmp_path / 'likelihood.json').read_text())
-    assert found['entries'][0]['decoder'] == 'nelbo' and found['identity']['passes'] == [1, 2]
+    found, of = (json.loads((tmp_path / f'likelihood{name}.json').read_text()) for name in ('', '_identity'))
+    assert found[0]['decoder'] == 'nelbo' and of['identity']['passes'] == [1, 2]
+    assert set(found[-1]) == {'decoder', 'plan', 'passes', 'waves', 'nats_per_token', 'error', 'bits_per_character',
+                              'seconds'}
     assert (tmp_path / 'likelihood.png').exists() and (tmp_path / 'likelihood.svg').exists()
     assert evaluated(*flags, samples=False)[0] == 0, 'the same again'
     before = (tmp_path / 'likelihood.json').read_bytes()
@@ -42,7 +44,10 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
         status, _, err = evaluated(*flags, *change, samples=False)
         assert status == 2 and named in err and (tmp_path / 'likelihood.json').read_bytes() == before
     assert evaluated(*flags, '--seed', 7, '--overwrite', samples=False)[0] == 0
-    assert json.loads((tmp_path / 'likelihood.json').read_text())['identity']['seed'] == 7
+    assert json.loads((tmp_path / 'likelihood_identity.json').read_text())['identity']['seed'] == 7
+    (tmp_path / 'likelihood_identity.json').unlink()
+    status, _, err = evaluated(*flags, '--seed', 7, samples=False)
+    assert status == 2 and 'is not known' in err
 
 
 @pytest.mark.parametrize('flags', [['--judge', 'x'], ['--decoders', 'wavefront'], ['--temperatures', '1'],
@@ -119,7 +124,8 @@ def test_code_version_moves_with_the_code(monkeypatch):
 def test_all_modules_that_decide_results_are_in_the_code_version():
     """Of those that evaluate.py imports, by way of others too, these only load, check, show or write."""
     deciding_nothing = {'checkpoint', 'choices', 'configurator', 'distributed', 'environment', 'errors', 'figures',
-                        'files', 'finite', 'memory', 'progress', 'report', 'results', 'settings', 'signals'}
+                        'files', 'finite', 'heartbeat', 'memory', 'progress', 'report', 'results', 'settings', 'sharding',
+                        'signals'}
     found, todo = {'evaluate'}, ['evaluate']
     while todo:
         todo += (new := imported_by(todo.pop()) - found)

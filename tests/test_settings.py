@@ -45,6 +45,7 @@ def test_help_says_each_setting_with_its_range_and_the_comment_beside_it(script)
     (['--end_critic_iteration=5'], 'end_critic_iteration=5 comes before'),
     (['--max_iters=5', '--start_critic_iteration=5'], ''), (['--max_iters=5'], 'start_critic_iteration=6 is never'),
     (['--start_sampler_iteration=13', '--start_critic_iteration=13', '--end_critic_iteration=13'], 'sampler.* never'),
+    (['--shard=True', '--dtype=float16'], 'shard=True with dtype=float16'),
     (['--lr_decay_iters=2'], 'lr_decay_iters=2 comes before'), (['--dtype=float64'], "dtype='float64'"),
     (['--n_embd=65536', '--n_layer=100', '--n_head=2'], 'more than .* GiB of memory'),
     (['--batch_size=9999999', '--n_layer=100'], 'more than .* GiB of memory')])
