@@ -171,7 +171,7 @@ class Evaluation:
         """The generator, the evaluator, the judge if there is one, and their corpus. InputError if they do not fit."""
         self.model, self.tokenizer, saved = load_model(args.checkpoint)
         require_generator(self.model, args.checkpoint)
-        self.evaluator, _, other = load_model(args.evaluator)
+        self.evaluator, _, other = load_model(args.evaluator, 'char_ar')
         config = self.evaluator.config
         if (config.attention_type, config.model_mode) != ('causal', 'language_model'):
             raise InputError(f'the evaluator {args.evaluator!r} is not causal; '
@@ -179,7 +179,7 @@ class Evaluation:
         require_same_vocabulary(other['corpus'], args.evaluator, saved['corpus'])
         self.judge = None
         if args.judge:
-            model, _, other = load_model(args.judge)
+            model, _, other = load_model(args.judge, 'judge')
             require_same_vocabulary(other['corpus'], args.judge, saved['corpus'])
             self.judge = Judge(model.to(self.device), args.judge, other['corpus'])
         self.corpus = Corpus(saved['corpus']['name'], args.data_dir)

@@ -93,7 +93,7 @@ def load_judge(args, corpus, device):
     path = args.judge_checkpoint_name
     if not os.path.exists(path):
         path = os.path.join(args.out_dir, path)
-    model, _, saved = load_model(path)
+    model, _, saved = load_model(path, 'judge')
     require_same_vocabulary(saved['corpus'], path, corpus)
     return Judge(model.to(device), path, saved['corpus'])
 

@@ -123,7 +123,7 @@ def test_plain_lines_where_there_is_no_terminal(script, trained_once):
     (['--schedule-mode', 'threshold', '--threshold', 1.5], '--threshold is 1.5'),
     (['--quality-metric', 'judge'], 'train_judge.py'),
     (['--quality-metric', 'node', '--judge-checkpoint-name', 'judge.pt'], 'both or neither'),
-    (['--judge-checkpoint-name', 'judge.pt'], "no checkpoint '.*judge.pt'")])
+    (['--judge-checkpoint-name', 'judge.pt'], "no checkpoint '.*judge.pt'; train one with .* config/train_judge.py")])
 def test_bad_input_is_one_line(sample, flags, message):
     err = sample(*flags, status=2)
     assert re.search(message, err) and err.count('\n') == 1 and 'Traceback' not in err
