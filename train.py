@@ -379,12 +379,12 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
 
 
 def log_losses(config, state, log, values, ms):
-    """The guide's line, and behind it how long the rest takes at this pace; and the figures for metrics.jsonl."""
-    it = state.iter_num
+    """The guide's line, and behind it the time left, without what later stages cost more; the figures."""
+    it, left = state.iter_num, duration((config.max_iters - state.iter_num) * ms / 1000)
     total = weighted(config, state.start_iter, it, values)
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f'iter {it}: loss {total:.4f} ({", ".join(f"{k} {v:.4f}" for k, v in values.items())}), time {ms:.2f}ms, '
-          f'{tokens / ms * 1000:,.0f} tokens/s, {duration((config.max_iters - it) * ms / 1000)} left', flush=True)
+          f'{tokens / ms * 1000:,.0f} tokens/s, {left} left at this pace', flush=True)
     rate = config.learning_rate * lr_factor(config, it)
     log.write({'iter': it, 'loss': total, 'ms': ms, 'learning_rate': rate} | values)
 
