@@ -322,7 +322,7 @@ def parser():
     add('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/ beside this file)')
     add('--seed', type=int, default=1337, help='of the noise (default: %(default)s)')
     add('--device', default='auto', help='auto, cuda, mps, cpu (default: %(default)s)')
-    add('--dtype', default='auto', choices=('auto', *DTYPES), help='(default: %(default)s)')
+    add('--dtype', default='auto', choices=('auto', *DTYPES), help='precision (default: %(default)s)')
     add('--no-progress', action='store_true', help='no bar')
     return parser
 

@@ -41,7 +41,7 @@ from settings import check, help_text
 # -----------------------------------------------------------------------------
 # defaults: masked diffusion on tiny Shakespeare by character, the trunk alone
 # output
-out_dir = 'out'
+out_dir = 'out'             # folder of checkpoints and metrics.jsonl
 eval_interval = 250         # iterations between evaluations, each of which may save a checkpoint
 save_interval = 100         # iterations between checkpoints without an evaluation, to resume from; 0 is off
 stop_on_full_disk = False   # a checkpoint that cannot be written, as on a full disk, stops the run
@@ -53,8 +53,8 @@ checkpoint_name = 'ckpt.pt' # file in out_dir
 init_from = 'scratch'       # or 'resume': go on from the checkpoint in out_dir
 overwrite = False           # a new run may replace the checkpoint in out_dir, a resumed one begin a new best
 wandb_log = False           # needs pip install wandb
-wandb_project = 'masked-diffusion'
-wandb_run_name = 'run'
+wandb_project = 'masked-diffusion'    # its name there
+wandb_run_name = 'run'      # and that of the run
 # data
 dataset = 'shakespeare_char'     # a folder of data_dir
 offline_dataset = 'pydoc_char'   # in its place where dataset cannot be downloaded; '' stops instead

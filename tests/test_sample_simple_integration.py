@@ -174,6 +174,16 @@ def test_unknown_flags_and_words(sample, flags):
     assert 'usage' in sample(*flags, status=2)
 
 
+def test_help_fits_two_screens_of_80_columns(sample, monkeypatch):
+    """It had 126 lines."""
+    monkeypatch.setenv('COLUMNS', '80')
+    lines = sample('--help').splitlines()
+    assert 40 < len(lines) <= 90 and max(map(len, lines)) < 80 and lines[0] == 'usage: sample_simple.py [flags]'
+    groups = [line for line in lines if line.endswith(':') and not line.startswith(' ')]
+    assert groups == ['options:', 'what to generate:', 'how to decode: order:', 'how to decode: tokens:',
+                      'how to decode: revising:', 'output:', 'machine:']
+
+
 def test_help_tells_each_default_once(sample):
     """It once said "(default: None)" after "(default: 15)"."""
     text = sample('--help')
