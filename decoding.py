@@ -172,7 +172,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         later = unknown & ~mask    # what the plan leaves to later passes
         remasks = config.plan_passes <= i + 1 < config.passes
 
-        wave_of, steps = torch.zeros_like(x), 0
+        wave_of, steps, corrected = torch.zeros_like(x), 0, torch.zeros_like(free)
         for j in range(1 + corrections):
             # 2. fill what is masked; then resample the worst of it, which costs no forward pass
             resample_mask, stream, step = mask, TOKENS, i
@@ -180,6 +180,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
                 share = config.correction_ratio * (corrections + 1 - j) / corrections
                 resample_mask = highest(score, mask, (share * mask.sum(1)).round())
                 stream, step = CORRECTIONS, i * corrections + j - 1
+                corrected = corrected | resample_mask
             u = uniform(config.seed, stream, sequences, step, positions, x.device)
             before, xt_now = x, torch.where(later | resample_mask, model.mask_id, x)
             now = xt_now, resample_mask, hidden
@@ -214,7 +215,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
                 remasked = remasked & mask.any(1, keepdim=True)
         if on_pass:
             on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'hidden': hidden.clone(), 'wave': wave_of,
-                     'remask_score': torch.where(free, score, 0), 'remasked': remasked})
+                     'remask_score': torch.where(free, score, 0), 'remasked': remasked, 'corrected': corrected})
         unknown = remasked
         if i + 1 >= config.plan_passes:    # the plan knows that more is to come
             busy = unknown.any(1).nonzero()[:, 0]

@@ -143,6 +143,7 @@ def test_corrections_resample_a_share_of_what_a_pass_filled_and_cost_no_pass(ord
     for k in (0, 3, 6):
         filled = fills[k][0]
         assert all((filled | ~resampled[0]).all() for resampled in fills[k:k + 3]), 'what was kept is not touched'
+        assert torch.equal(steps[k // 3]['corrected'], fills[k + 1][0] | fills[k + 2][0])
     assert (x < model.mask_id).all()
     assert not torch.equal(x, spied(model, DecoderConfig(corrections=0, **settings))[0])
     assert all((step['wave'][step['xt'] != model.mask_id] == 0).all() for step in steps)
