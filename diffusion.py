@@ -138,7 +138,8 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
         mask.fill_(True)
     steps = []
     config = default_config(model, iterations, prefix_only=blank, revising=True, seed=derive(seed, 1))
-    decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append)
+    decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append,
+                 wanted=['hidden'])
     n, hidden = len(steps), [0]
     masked = torch.stack([step['xt'] == model.mask_id for step in steps])
     for mask_now, read in zip(masked, model(torch.where(masked, model.mask_id, x0).flatten(0, 1)).chunk(n)):

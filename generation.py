@@ -100,8 +100,8 @@ def load_judge(args, corpus, device):
 
 def record(step, i):
     """What sequence i of a batch became in one pass, as --save writes it: plain values. step: see decode_block."""
-    per_token = {'input_masked': step['xt'], 'output_unmasked': step['x'], 'wave': step['wave'],
-                 'remask_score': step['remask_score']}
+    names = {'xt': 'input_masked', 'x': 'output_unmasked', 'wave': 'wave', 'remask_score': 'remask_score'}
+    per_token = {name: step[key] for key, name in names.items() if key in step}    # an animation needs no scores
     remasked = (step['remasked'][i].nonzero()[:, 0] + step['start']).tolist()
     return {'iteration': step['pass'], 'block_start': step['start']} \
         | {name: values[i].tolist() for name, values in per_token.items()} | {'remasked_indices': remasked}
@@ -126,6 +126,12 @@ class Progress:
     def begin(self, sequences):
         self.sequences, self.first = sequences, len(self.history)
         self.history += [[] for _ in sequences]
+
+    @property
+    def wanted(self):
+        """What decoding makes for the flags alone: scores of every token after every pass, and in the end."""
+        shows_quality = self.args.quality_metric != 'none' and not self.args.judge_checkpoint_name
+        return ['remask_score'] * bool(self.args.save) + ['p_generated'] * shows_quality
 
     def __call__(self, step):
         if self.stop.number:
@@ -163,7 +169,7 @@ def decode(args, model, x, free, config, numbers, device, dtype, progress):
         try:
             with autocast(device, dtype):
                 decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences,
-                                   progress)
+                                   progress, progress.wanted)
         except Stopped:
             break
         tokens += decoded.x.tolist()

@@ -27,7 +27,7 @@ def examples(model, iterations, seed=5, B=8, n_sequences=4):
 def decoded(model, x0, free, config):
     """The passes of a decoding, as on_pass sees them."""
     steps = []
-    decode_block(model, x0, free, config, range(len(x0)), range(x0.size(1)), steps.append)
+    decode_block(model, x0, free, config, range(len(x0)), range(x0.size(1)), steps.append, wanted=['hidden'])
     return steps
 
 
@@ -78,10 +78,12 @@ def test_real_text_is_seen_as_if_the_decoder_had_drawn_it(whole, monkeypatch):
 
 def test_the_critic_is_shown_in_training_what_it_scores_in_decoding():
     """The last example of a pass has the text, views and positions that the decoder's critic then scores."""
-    model = tiny_model()
+    model, seed = tiny_model(), 0
     seen = []
+    generated, real, mask, x0, free, _ = examples(model, 1, seed)
+    config = default_config(model, 1, prefix_only=bool(free.all()), revising=True, seed=derive(seed, 1))
     hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
-    generated, real, mask, x0, free, _ = examples(model, 1)
+    decode_block(model, x0, free, config, range(len(x0)), range(x0.size(1)), wanted=['p_generated'])
     hook.remove()
     hidden, x, at, _ = seen[0]    # of the one pass of the decoder
     assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1])

@@ -209,7 +209,8 @@ def test_views_of_earlier_blocks_are_kept():
     The views of finished blocks became zeros with every further block, and with them what is remasked.
     """
     model, steps = tiny_model(), []
-    decode_block(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append)
+    decode_block(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append,
+                 wanted=['hidden', 'remask_score'])
     assert len(steps) == 4
     everywhere = torch.ones(3, T).bool().nonzero(as_tuple=True)
     seen = 0
