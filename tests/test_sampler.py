@@ -123,7 +123,8 @@ def test_a_changed_neighbour_changes_the_logits(offset):
 
     def logits(x):
         filler = Wavefront(model)
-        return filler.logits(filler.view(hidden), projected, filler.around(pad(x, 2, model.mask_id), at))
+        features = filler.features(projected, filler.around(pad(x, 2, model.mask_id), at))
+        return filler.logits(filler.view(hidden), features)
     changed, centre = x.clone(), x.clone()
     changed[0, 10 + offset] = (x[0, 10 + offset] + 1) % 11
     centre[0, 10] = (x[0, 10] + 1) % 11
