@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from critic import remask_score
 from filling import Naive, Wavefront
-from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, uniform
+from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, numbers, uniform
 from plans import make_plan
 
 # -----------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Decoded:
 
 def make_filler(model, config):
     """Who fills in this decoding. What it computes of the weights serves every block until they change."""
-    return (Wavefront if config.use_sampler else Naive)(model)
+    return Wavefront.of(model) if config.use_sampler else Naive(model)
 
 
 @torch.no_grad()
@@ -149,6 +149,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     filler, critic = filler or make_filler(model, config), model.critic_head
     reach = max(filler.reach, critic.reach if config.order == 'critic' else 0)
     corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
+    at_sequences, at_positions = (numbers(values, x.device) for values in (sequences, positions))    # copied once
     x, unknown, waves, hidden, state = torch.where(free, model.mask_id, x), free, 0, 0, None
     plan = None    # the wavefront's own order is that of every fill
     if config.plan != 'wavefront' and free.any():
@@ -185,14 +186,16 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
                 share = config.correction_ratio * (corrections + 1 - j) / corrections
                 resample_mask = highest(score, mask, (share * mask.sum(1)).round())
                 stream, step = CORRECTIONS, i * corrections + j - 1
-            u = uniform(config.seed, stream, sequences, step, positions, x.device)
+            u = uniform(config.seed, stream, at_sequences, step, at_positions, x.device)
             before, xt_now = x, torch.where(later | resample_mask, model.mask_id, x)
             now = xt_now, resample_mask, hidden
             draw = u, config.temperature_of(i), config.top_p
             if planned and plan.lanes and config.use_sampler and not j:
                 x, wave, made, state = filler.fill_from_left(*now, last, plan.lanes[i], *draw, state)
+            elif j:
+                x, wave, made = filler.correct(*now, *draw)
             else:
-                x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned and not j else None)
+                x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned else None)
             wave_of = torch.where(resample_mask, steps + wave, wave_of)
             steps += made
 
@@ -212,7 +215,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         # 4. mask the worst again, once the plan is through
         remasked = later
         if remasks:
-            remasked = positions_to_remask(config, i, score, mask, free, sequences, positions)
+            remasked = positions_to_remask(config, i, score, mask, free, at_sequences, at_positions)
             if not planned:    # a finished sequence stays so, whatever the others do
                 remasked = remasked & mask.any(1, keepdim=True)
         if on_pass:

@@ -51,6 +51,7 @@ class Wavefront:
     a vocabulary of more than max_tabled tokens would fill the memory: they are multiplied out for the tokens at hand.
     """
     max_tabled = 8192
+    kept = None    # by of: a model, its weights' versions, its Wavefront
 
     @torch.no_grad()
     def __init__(self, model):
@@ -78,6 +79,17 @@ class Wavefront:
             out = self.unembedding @ out if self.moves_logits else out
             self.out_weight = torch.cat((out, head.scale.weight))
             self.out_bias = F.pad(1 + head.scale.bias, (len(out), 0))
+
+    @classmethod
+    def of(cls, model):
+        """The Wavefront of a model; that of the last model is kept while its weights are fixed and the same."""
+        weights = list(model.parameters())
+        if any(p.requires_grad for p in weights):
+            return cls(model)
+        now = [(p.data_ptr(), p._version, p.dtype) for p in weights]    # loading other weights changes the version
+        if not cls.kept or cls.kept[0] is not model or cls.kept[1] != now:
+            cls.kept = model, now, cls(model)
+        return cls.kept[2]
 
     def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
         """Fill the positions of mask.
@@ -111,6 +123,10 @@ class Wavefront:
                 x[at[0], at[1] + reach] = drawn    # when the wave is done: its positions do not see each other
                 start += size
         return x[:, reach:reach + T], wave, sum(size > 0 for size in sizes)
+
+    def correct(self, *args):
+        """Fill again, as fill, some of what stands, without a forward pass."""
+        return self.fill(*args)
 
     def fill_from_left(self, xt, mask, hidden, last, lanes, u, temperature, top_p, state=None):
         """Fill the positions of mask from left to right, in every lane at once.

@@ -211,7 +211,7 @@ def generate_text(args, processes):
     device = processes.device
     dtype = processes.of_first(lambda: pick_dtype(args.dtype, device))
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
-    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
+    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32).requires_grad_(False)
     if judge and not judge.is_scorer and length < 2:
         raise InputError('--sequence-length is 1, and a causal judge scores what follows the first token; wanted 2')
     tokens = min(args.num_samples, args.batch_size) * min(length, model.config.block_size)
