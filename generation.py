@@ -110,8 +110,8 @@ def load_judge(args, corpus, device):
 
 def record(step, i):
     """What sequence i of a batch became in one pass, as --save writes it: plain values. step: see decode_block."""
-    per_token = {'input_masked': step['xt'], 'output_unmasked': step['x'], 'wave': step['wave'],
-                 'remask_score': step['remask_score']}
+    names = {'xt': 'input_masked', 'x': 'output_unmasked', 'wave': 'wave', 'remask_score': 'remask_score'}
+    per_token = {name: step[key] for key, name in names.items() if key in step}    # an animation needs no scores
     marked = {f'{name}_indices': (step[name][i].nonzero()[:, 0] + step['start']).tolist()
               for name in ('remasked', 'corrected')}
     return {'iteration': step['pass'], 'block_start': step['start']} \
@@ -137,6 +137,12 @@ class Progress:
     def begin(self, sequences):
         self.sequences, self.first = sequences, len(self.history)
         self.history += [[] for _ in sequences]
+
+    @property
+    def wanted(self):
+        """What decoding makes for the flags alone: scores of every token after every pass, and in the end."""
+        shows_quality = self.args.quality_metric != 'none' and not self.args.judge_checkpoint_name
+        return ['remask_score'] * bool(self.args.save) + ['p_generated'] * shows_quality
 
     def __call__(self, step):
         if self.stop.number:
@@ -175,7 +181,7 @@ def decode(args, model, x, free, config, numbers, device, dtype, progress):
         try:
             with autocast(device, dtype):
                 decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences,
-                                   progress)
+                                   progress, progress.wanted)
         except Stopped:
             break
         tokens += decoded.x.tolist()
@@ -217,7 +223,7 @@ def generate_text(args, processes):
     device = processes.device
     dtype = processes.of_first(lambda: pick_dtype(args.dtype, device))
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
-    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
+    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32).requires_grad_(False)
     if judge and not judge.is_scorer and length < 2:
         raise InputError('--sequence-length is 1, and a causal judge scores what follows the first token; wanted 2')
     tokens = min(args.num_samples, args.batch_size) * min(length, model.config.block_size)

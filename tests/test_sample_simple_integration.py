@@ -1,4 +1,5 @@
 """sample_simple.py as a user runs it: every flag of the guide, the file that --save writes, and what it refuses."""
+import collections
 import json
 import re
 import shutil
@@ -8,6 +9,8 @@ import torch
 
 import sample_simple
 from conftest import NO_HEADS, TINY
+from critic import CriticHead
+from filling import Wavefront
 
 
 def samples(out):
@@ -122,6 +125,21 @@ def test_saved_steps_tell_which_tokens_were_corrected(sample, tmp_path):
         assert step['corrected_indices'] and masked >= set(step['corrected_indices'])
         seen |= set(step['corrected_indices'])
     assert max(seen) > 32
+
+
+@pytest.mark.parametrize('flags, rescored, judged', [
+    (['--quality-metric', 'none'], 0, 0), ([], 0, 1), (['--no-progress', '--verbose'], 0, 1),
+    (['--save', 'o.json'], 4, 5)])
+def test_only_what_the_flags_show_is_computed(sample, tmp_path, monkeypatch, flags, rescored, judged):
+    """Four passes in blocks: scores are made after each of them to be saved, quality once; a bar needs neither."""
+    calls = collections.Counter()
+    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain, name=name: calls.update([name]) or plain(*args))
+    flags = [tmp_path / flag if flag == 'o.json' else flag for flag in flags]
+    shown = sample('--num-samples', 2, '--iterations', 4, '--order', 'critic', '--plan', 'blocks', '--plan-passes', 4,
+                   *flags)
+    assert calls['rescore'] == rescored and calls['forward'] == judged and ('quality' in shown) == (judged > 0)
 
 
 def test_plain_lines_where_there_is_no_terminal(script, trained_once):
