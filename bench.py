@@ -24,6 +24,7 @@ import torch
 
 import autoregressive
 import train
+from batches import Share
 from cache import CachedTrunk
 from checkpoint import load_model, require_generator
 from configurator import configure
@@ -33,7 +34,7 @@ from errors import InputError, run
 from files import make_folder, write_atomically
 from filling import Naive, Wavefront
 from model import GPT, GPTConfig
-from settings import check
+from settings import Range, check, check_range
 from timing import in_turn, machine, matmul_rate, medians, peak_memory, ratio
 
 RATIOS = {'stage2_over_stage1': ('stage 2', 'stage 1'), 'stage3_over_stage1': ('stage 3', 'stage 1'),
@@ -61,7 +62,8 @@ def parser():
 
 def arguments():
     args, settings = parser().parse_known_args()
-    args.rounds = args.rounds or (3 if args.quick else 7)
+    args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
+    check_range(f'--rounds is {args.rounds}', args.rounds, Range(1, 10 ** 4))
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
     check(config)
     config.device = pick_device(config.device)
@@ -90,7 +92,8 @@ class Training:
     def __call__(self, clock):
         self.it += 1
         with clock('forward'), autocast(self.config.device, self.config.dtype):
-            losses = self.objective(self.x0, self.it, *train.rows_to_learn_from(self.config, self.number, 1))
+            rows = train.rows_to_learn_from(self.config, self.number)
+            losses = self.objective(self.x0, self.it, Share(len(self.x0)), *rows)
             loss = train.weighted(self.config, self.state.start_iter, self.it, losses)
         with clock('backward'):
             self.state.scaler.scale(loss).backward()

@@ -32,7 +32,8 @@ FIELDS_TO_RESUME = {'optimizer': dict, 'scaler': dict, 'start_iter': dict, 'best
 MOMENTS = {'Muon': {'momentum_buffer'}, 'AdamW': {'step', 'exp_avg', 'exp_avg_sq'}}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what validation figures depend on besides the text: with another one they do not compare
-YARDSTICK = ('seed', 'eval_rows', 'generator_checkpoint')
+YARDSTICK = ('seed', 'eval_rows')
+JUDGES_YARDSTICK = (*YARDSTICK, 'batch_size', 'generator_weights')    # its examples are drawn for a batch at a time
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'attention_type', 'model_mode')
 HEAD_SHAPE = ('sampler_context', 'sampler_width', 'sampler_state')
 
@@ -153,8 +154,9 @@ def load(path):
 
 def check_bytes(path):
     """InputError unless the parts of the file have the checksums that it gives, and no part is larger than the file."""
-    if not zipfile.is_zipfile(path):
-        return    # torch.load says what it is
+    if not zipfile.is_zipfile(path):    # torch would load its old format too, in which nothing has a checksum
+        raise InputError(f'{path!r} is no checkpoint of this project, which is a zip file, or is damaged; train again, '
+                         f'or give another --checkpoint-name')
     with zipfile.ZipFile(path) as parts:
         if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
             raise InputError(f'{path!r} would be larger in memory than it is; wanted a checkpoint that train.py wrote')
@@ -181,8 +183,8 @@ def model_config(saved, path):
     InputError if a size is absurd, if arguments and weights do not fit, or if a weight is not finite.
     """
     defaults = {f.name: f.default for f in fields(GPTConfig)}
-    place = f'{path!r} (model_args)'
-    args = {name: checked(defaults, name, value, place) for name, value in saved['model_args'].items()}
+    source = f'{path!r} (model_args)'
+    args = {name: checked(defaults, name, value, source) for name, value in saved['model_args'].items()}
     with within(repr(path)):
         settings.check_values(args)
         settings.check_shape(SimpleNamespace(**defaults | args))
@@ -312,6 +314,8 @@ def load_for_resume(path, config, meta):
                              f'{part} head has been learning since iteration {saved["start_iter"][part]}; resume with '
                              f'the same, or use another out_dir')
     settings.check_reached(config)
+    asked_for = {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')}
+    settings.check_learns(config, resumed_start_iter(asked_for, saved), saved['iter_num'])
     return saved
 
 
@@ -344,7 +348,8 @@ def restore(state, saved, asked_for, path):
 def require_same_yardstick(saved, path, config, meta):
     """InputError where validation figures of this run would not compare with the checkpoint's best, unless that is
     given up: best_val_loss then begins anew."""
-    pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in YARDSTICK]
+    names = JUDGES_YARDSTICK if config.generator_checkpoint else YARDSTICK
+    pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     pairs.append(('the text', saved['corpus']['sha256'][:8], meta['sha256'][:8]))
     differing = [f'{name} {old!r}, this run {new!r}' for name, old, new in pairs if old != new]
     if differing and not (config.overwrite or config.eval_only):

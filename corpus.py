@@ -202,7 +202,7 @@ def read_ids(path, split, meta):
 
 
 class Corpus:
-    """A prepared corpus: meta, tokenizer, and random or fixed rows of its splits.
+    """A prepared corpus: meta, tokenizer, and random or fixed sequences of its splits.
 
     name is a folder of data_dir. InputError if it is not prepared or its files do not fit together.
     """
@@ -225,14 +225,17 @@ class Corpus:
             raise InputError(f'a split of corpus {self.meta["name"]!r} has {shortest} tokens, wanted more than '
                              f'block_size={block_size}; give more text or a smaller --block_size')
 
-    def random_rows(self, split, n, length, rng):
-        """n rows of length consecutive tokens from random places, (n, length) int64. rng: numpy Generator."""
+    def random_rows(self, split, n, length, rng, chosen=slice(None)):
+        """Sequences of length consecutive tokens from n random positions, the chosen ones, (n, length) int64.
+
+        rng: numpy Generator; chosen: their numbers, on which the positions do not depend.
+        """
         ids = self.splits[split]
-        starts = rng.integers(0, len(ids) - length + 1, n)
+        starts = rng.integers(0, len(ids) - length + 1, n)[chosen]
         return ids[starts[:, None] + np.arange(length)].astype(np.int64)
 
     def spread_rows(self, split, n, length):
-        """n rows from evenly spaced places, the same on every call, (n, length) int64."""
+        """n sequences from evenly spaced positions, the same on every call, (n, length) int64."""
         ids = self.splits[split]
         starts = np.linspace(0, len(ids) - length, n).astype(np.int64)
         return ids[starts[:, None] + np.arange(length)].astype(np.int64)

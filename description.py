@@ -2,16 +2,16 @@
 from device import bfloat16_speedup
 
 
-def describe_run(config, corpus, model, start_iter, micro_steps, share, world):
-    """What the run is, as the guide shows it."""
-    counts = {part: sum(p.numel() for p in params) for part, params in model.parts().items()}
+def describe_run(config, corpus, state, micro_steps, share, world):
+    """What a run with this train.State is, as the guide shows it."""
+    counts = {part: sum(p.numel() for p in params) for part, params in state.model.parts().items()}
     total, sequences = sum(counts.values()), config.batch_size * config.gradient_accumulation_steps
     shares = ', '.join(f'{part} {n:,}, {n / total:.1%}' for part, n in counts.items())
     plural = lambda n, word: f'{n} {word}' + ('es' if word == 'process' else 's') * (n > 1)
     speedup = f', where bfloat16 is {bfloat16_speedup():.1f} times as fast as float32' if config.device == 'cpu' else ''
     lines = [
         f'Using {config.attention_type} attention',
-        config.add_sampler_head and f'Sampler head enabled (start_iter={start_iter["sampler"]})',
+        config.add_sampler_head and f'Sampler head enabled (start_iter={state.start_iter["sampler"]})',
         config.add_critic_head and f'Critic head enabled (alpha={config.critic_alpha})',
         f'number of parameters: {total / 1e6:.2f} M ({shares})',
         f'{corpus.meta["name"]}: {corpus.meta["train_tokens"]:,} training tokens, {config.max_iters:,} iterations of '

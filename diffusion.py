@@ -10,39 +10,48 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from batches import Share, spread_choice, untaught
 from blocks import lay_out, views
-from critic import critic_loss
+from critic import CriticExamples, critic_loss
 from decoding import decode_block, default_config
 from likelihood import log_likelihood
 from metrics import area_under_roc, mean_error
 from noise import derive
 from plans import make_plan
 from progress import bar
-from sampler import sampler_examples, sampler_loss, spread_choice
+from sampler import sampler_examples, sampler_loss
 from sharding import whole
 
 BLOCKS = (4, 8, 16)    # into how many a sequence is divided for the trunk to learn from
-CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings whose every pass the critic learns from
+CRITIC_ITERATIONS = (1, 2, 4, 8)    # of the decodings that the critic learns from
 
 
 # -----------------------------------------------------------------------------
 # forward process
 
-def mask_tokens(x0, t, mask_id, generator=None):
-    """Mask tokens of x0 independently, at least one in a sequence.
+def draw_masks(t, T, generator=None):
+    """Masks of T tokens, each drawn independently, at least one in a sequence.
 
-    x0 (B, T) int64 clean ids; t (B,) float in (0, 1], chance that a token is masked.
-    Returns xt (B, T) int64, mask (B, T) bool. ValueError for t out of range. Source: arXiv:2406.07524.
+    t (B,) float in (0, 1], chance that a token is masked. Returns (B, T) bool, on its device. ValueError for t out of
+    range. Source: arXiv:2406.07524.
     """
     if not ((t > 0) & (t <= 1)).all():
         raise ValueError(f't from {t.min():g} to {t.max():g}, wanted (0, 1]')
-    u = torch.rand(x0.shape, generator=generator, device=x0.device)
-    mask = (u < t[:, None]) | (u == u.amin(1, keepdim=True))
+    u = torch.rand(len(t), T, generator=generator, device=t.device)
+    return (u < t[:, None]) | (u == u.amin(1, keepdim=True))
+
+
+def mask_tokens(x0, t, mask_id, generator=None):
+    """Mask tokens of x0 (B, T) int64 as draw_masks draws them: xt (B, T) int64, mask (B, T) bool."""
+    mask = draw_masks(t.to(x0.device), x0.size(1), generator)
     return torch.where(mask, mask_id, x0), mask
 
 
 def mask_exactly(x0, n, mask_id, generator=None):
-    """Mask exactly n of each sequence's tokens: x0 (B, T) int64; n (B,) int64 in 1..T. Returns as mask_tokens."""
+    """Mask exactly n of each sequence's tokens: x0 (B, T) int64 clean ids; n (B,) int64 in 1..T.
+
+    Returns xt (B, T) int64, mask (B, T) bool.
+    """
     u = torch.rand(x0.shape, generator=generator, device=x0.device)
     mask = u.argsort(1).argsort(1) < n[:, None]
     return torch.where(mask, mask_id, x0), mask
@@ -72,12 +81,21 @@ class MaskedBatch:
     hidden: torch.Tensor       # (B, T, C)
     lm_logits: torch.Tensor    # (N, V - 1) at the masked positions
     targets: torch.Tensor      # (N,) clean ids at the masked positions
+    share: Share               # which sequences of the global batch these are
+    all_masks: torch.Tensor    # (G, T) bool on the CPU, of the global batch
 
 
-def forward_masked(trunk, model, x0, xt, mask):
-    """One forward pass over xt -> MaskedBatch. trunk is model, or model compiled."""
+def forward_masked(trunk, model, x0, xt, mask, share=None, all_masks=None):
+    """One forward pass over xt -> MaskedBatch. trunk: model, or model compiled; without a share xt is all there is."""
     hidden = trunk(xt)
-    return MaskedBatch(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask])
+    share, all_masks = share or Share(len(x0)), mask.cpu() if all_masks is None else all_masks
+    return MaskedBatch(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask], share, all_masks)
+
+
+def masked_loss(batch):
+    """The trunk's cross-entropy at the masked positions, nats, weighed as a part of the global batch."""
+    total = F.cross_entropy(batch.lm_logits, batch.targets, reduction='sum')
+    return batch.share.weigh(total, 1, int(batch.all_masks.sum()))
 
 
 @contextmanager
@@ -94,78 +112,117 @@ def evaluating(model):
 
 @dataclass
 class BlockBatch:
-    """Text and some of its blocks, masked, after their forward pass: what decoding in blocks asks the trunk."""
+    """Text and a block of it, masked, after their forward pass: what decoding in blocks asks the trunk."""
     x0: torch.Tensor           # (R, T) clean ids
     positions: torch.Tensor    # (M,) of the blocks, but for the first of each
     hidden: torch.Tensor       # (R, M, C) the view of them
     last: torch.Tensor         # (R, M, C) the state of the last token before the block of each
+    share: Share               # which sequences of the global batch these are
 
 
-def forward_blocks(trunk, model, x0, generator):
-    """One forward pass over text and every other block of it, masked -> BlockBatch and the trunk's loss on it, nats.
+def forward_blocks(trunk, model, x0, generator, share=None):
+    """One forward pass over text and a block of it, masked -> BlockBatch and the trunk's loss on it, nats.
 
-    x0 (R, T) clean ids; generator: chooses block size and which blocks. The loss is half the cross-entropy of the text,
-    each token given those before it, and a quarter of that of the masked positions, the first of a block more.
+    x0 (R, T) clean ids, T > 2; generator: chooses the block's size and place. Text and block are T tokens together, so
+    that the pass costs what any other does: the text ends early. The loss is half the cross-entropy of the text, each
+    token given those before it, and a quarter of that of the masked positions, the first of the block more; weighed as
+    a part of the global batch, of which x0 is all without a share.
     """
-    R, T = x0.shape
-    sizes = [T // n for n in BLOCKS if T % n == 0] or [T]
-    size = sizes[int(torch.randint(len(sizes), (), generator=generator))]
-    parity = int(torch.randint(2, (), generator=generator)) if T > size else 0
-    layout = lay_out(T, tuple(range(parity * size, T, 2 * size)), size, x0.device)
-    hidden = trunk(x0, layout)
-    following = F.cross_entropy(model.lm_head(hidden[:, :T - 1]).transpose(1, 2), x0[:, 1:])
-    positions = layout.positions[T:]
-    masked = F.cross_entropy(model.lm_head(hidden[:, T:]).transpose(1, 2), x0[:, positions], reduction='none')
+    T, share = x0.size(1), share or Share(len(x0))
+    size = max(1, T // BLOCKS[int(torch.randint(len(BLOCKS), (), generator=generator))])
+    n_text = T - size
+    start = size * int(torch.randint(n_text // size + 1, (), generator=generator))
+    layout = lay_out(n_text, (start,), size, x0.device)
+    hidden = trunk(x0[:, :n_text], layout)
+    following = F.cross_entropy(model.lm_head(hidden[:, :n_text - 1]).transpose(1, 2), x0[:, 1:n_text],
+                                reduction='none')
+    positions = layout.positions[n_text:]
+    masked = F.cross_entropy(model.lm_head(hidden[:, n_text:]).transpose(1, 2), x0[:, positions], reduction='none')
     weight = (1 + positions % size).float() ** -0.5
-    loss = 0.5 * following + 0.25 * (masked * weight / weight.mean()).mean()
+    loss = 0.5 * following.mean(1) + 0.25 * (masked * weight / weight.mean()).mean(1)    # (R,)
     view, last = views(hidden.detach(), layout)
     later = positions % size > 0    # the first position of a block is the language-model head's
-    return BlockBatch(x0, positions[later], view[:, later], last.repeat_interleave(size, 1)[:, later]), loss
+    blocks = BlockBatch(x0, positions[later], view[:, later], last.repeat_interleave(size, 1)[:, later], share)
+    return blocks, share.weigh(loss.sum(), 1, share.total)
+
+
+class Given:
+    """A filler for decode_block that draws the tokens of a text: what the trunk then sees is as if they were drawn."""
+    reach = 0
+
+    def __init__(self, text):
+        self.text = text
+
+    def fill(self, xt, mask, *_):
+        return torch.where(mask, self.text, xt), torch.zeros_like(xt), 1
+
+    def fill_from_left(self, xt, mask, *_):
+        return *self.fill(xt, mask), None
+
+    def rescore(self, x, at, hidden):
+        return torch.ones(len(at[0]), dtype=torch.float64, device=x.device)
 
 
 def critic_examples(model, batch, n_sequences, seed, iterations):
-    """Sequences as the shipped decoder fills and revises them, after each pass, and the same ones of real text.
+    """Sequences as the shipped decoder fills and revises them, and the same ones of real text.
 
-    About n_sequences of the batch are decoded, from their masks or, as often, from nothing. Of the real text the trunk
-    sees what it would have seen had the decoder drawn the real tokens: the same masks over the clean sequence. Returns
-    generated and real, pairs of ids (P * n, T) and hidden states (P * n, T, C), after P passes each,
-    and mask (P * n, T) bool, the positions that were not given.
+    About n_sequences of the global batch are decoded: every other time from nothing by default, in blocks where the
+    model has a sampler head, and taken as they stand at the end; else from their masks or, as often, from nothing by a
+    decoder that revises, and taken after each of its passes. Each process takes its own. Of the real text the trunk
+    sees what it would have seen had the decoder drawn the real tokens. Returns CriticExamples, or None where no
+    sequence is here.
     """
     generator = torch.Generator().manual_seed(derive(seed, 0))
-    chosen = spread_choice(len(batch.x0), n_sequences, generator).to(batch.x0.device)
-    x0, mask = batch.x0[chosen], batch.mask[chosen].clone()
-    blank = bool(torch.randint(2, (), generator=generator))
-    if blank:
-        mask.fill_(True)
-    steps = []
-    config = default_config(model, iterations, prefix_only=blank, revising=True, seed=derive(seed, 1))
-    decode_block(model, x0, mask, config, range(len(x0)), range(x0.size(1)), steps.append)
+    all_chosen = spread_choice(batch.share.total, n_sequences, generator)
+    which, own = batch.share.of(all_chosen)
+    by_default, blank = (bool(torch.randint(2, (), generator=generator)) for _ in range(2))
+    blank = blank or by_default
+    if not len(own):
+        return None
+    x0, mask = batch.x0[own.to(batch.x0.device)], batch.mask[own.to(batch.x0.device)] | blank
+    counts = [int((batch.all_masks[numbers] | blank).sum()) for numbers in (all_chosen[which], all_chosen)]
+    config = default_config(model, iterations, prefix_only=blank, revising=not by_default, seed=derive(seed, 1))
+
+    def decoded(filler=None):
+        steps = []
+        decode_block(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append, filler)
+        return steps
+    steps = decoded()
+    if not config.mask_ratios:    # nothing is revised: the critic scores what is there at the end
+        generated, real = ((made[-1]['x'], made[-1]['hidden']) for made in (steps, decoded(Given(x0))))
+        return CriticExamples(generated, real, mask, torch.ones(len(mask), device=mask.device), *counts)
     n, hidden = len(steps), [0]
     masked = torch.stack([step['xt'] == model.mask_id for step in steps])
     for mask_now, read in zip(masked, model(torch.where(masked, model.mask_id, x0).flatten(0, 1)).chunk(n)):
         hidden.append(torch.where(mask_now[..., None], read, hidden[-1]))
     generated = torch.cat([step['x'] for step in steps]), torch.cat([step['hidden'] for step in steps])
-    return generated, (x0.repeat(n, 1), torch.cat(hidden[1:])), mask.repeat(n, 1)
+    read = masked.any(2)    # (P, n): a finished sequence waits for the others
+    return CriticExamples(generated, (x0.repeat(n, 1), torch.cat(hidden[1:])), mask.repeat(n, 1) & read.view(-1, 1),
+                          (1 / read.sum(0)).repeat(n), *counts)
 
 
 def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True, critic_iterations=None, blocks=None):
-    """Losses of the heads on a batch: {'sampler': ..., 'critic': ...} as far as asked for.
+    """Losses of the heads, {'sampler': ..., 'critic': ...} as far as asked for, each a part of the global batch's.
 
     blocks: a BlockBatch that the sampler head learns from too, or None. sampler_rows, critic_rows int: about how many
-    sequences each head learns from, 0 for none. seed int, of the noise of this batch alone. augment: as in
+    sequences of the global batch each head learns from, 0 for none. seed int, of its noise. augment: as in
     sampler_examples. critic_iterations: of the decoder, None draws them.
     """
     losses, generator = {}, torch.Generator().manual_seed(derive(seed, 2))
     if sampler_rows:
         with evaluating(model):
             examples = sampler_examples(model, batch, blocks, sampler_rows, generator, augment)
-        losses['sampler'] = sampler_loss(model.sampler_head, examples, model.wte.weight)
+        loss = sampler_loss(model.sampler_head, examples, model.wte.weight)
+        losses['sampler'] = batch.share.weigh(loss, len(examples.targets), examples.total)
     if critic_rows:
         drawn = CRITIC_ITERATIONS[int(torch.randint(len(CRITIC_ITERATIONS), (), generator=generator))]
         with evaluating(model), whole(model):
-            generated, real, mask = critic_examples(model, batch, critic_rows, seed, critic_iterations or drawn)
-        losses['critic'], losses['critic_logits'], losses['critic_targets'] = critic_loss(
-            model.critic_head, generated, real, mask, model.wte.weight)
+            examples = critic_examples(model, batch, critic_rows, seed, critic_iterations or drawn)
+        losses['critic'] = untaught(model.critic_head)
+        if examples:
+            loss, losses['critic_logits'], losses['critic_targets'] = critic_loss(
+                model.critic_head, examples, model.wte.weight)
+            losses['critic'] = batch.share.weigh(loss, examples.n, examples.total)
     return losses
 
 

@@ -26,6 +26,9 @@ class Processes:
         self.master_process, self.shards = self.rank == 0, shard and self.world > 1
         self.device = device
         if self.world > 1:
+            if device.startswith('cuda:'):
+                raise InputError(f'device {device!r} with {self.world} processes would put all of them on one GPU; '
+                                 f'wanted cuda, of which each process takes its own')
             if device == 'cuda':
                 self.device = f'cuda:{os.environ["LOCAL_RANK"]}'
                 torch.cuda.set_device(self.device)
@@ -66,12 +69,15 @@ class Processes:
         dist.broadcast_object_list(result)
         return result[0]
 
-    def wrap(self, module):
-        """module with gradients averaged over processes, its weights made equal; anew when other parameters train."""
+    def wrap(self, module, some_wait=False):
+        """module with gradients averaged over processes, its weights made equal; anew when other parameters train.
+
+        some_wait: some parameters are not used in every iteration, or not by every process.
+        """
         if self.world == 1 or self.shards or not any(p.requires_grad for p in module.parameters()):
             return module
         ids = [self.device] if self.device.startswith('cuda') else None
-        return DistributedDataParallel(module, device_ids=ids)
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=some_wait)
 
     def mean(self, values):
         """Mean over processes of a 1-d tensor."""

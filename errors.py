@@ -15,12 +15,12 @@ class WriteError(InputError):
 
 
 @contextmanager
-def within(place):
-    """An InputError says where: within('ckpt.pt') puts the name before the message."""
+def within(source):
+    """An InputError says where it comes from: within('ckpt.pt') puts the name before the message."""
     try:
         yield
     except InputError as error:
-        raise type(error)(f'{place}: {error}') from error
+        raise type(error)(f'{source}: {error}') from error
 
 
 def say(error):

@@ -13,7 +13,6 @@ the settings; each is measured by one of them, and the first alone prints and wr
 import environment    # before torch
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -31,8 +30,9 @@ import decoding
 import diffusion
 import likelihood_table
 import report
+import results
 import signals
-from checkpoint import load_model, require_generator, require_same_vocabulary
+from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from corpus import DATA_DIR, Corpus
 from device import DTYPES, autocast, pick_device, pick_dtype
 from distributed import Processes, leave
@@ -47,9 +47,6 @@ from timing import synchronize
 
 BATCH = 32    # samples decoded at a time
 EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
-# what decides the results besides the files; report.py only presents them
-SOURCES = ('autoregressive', 'blocks', 'cache', 'critic', 'decoding', 'diffusion', 'evaluate', 'filling', 'judge',
-           'layers', 'metrics', 'model', 'ngram', 'noise', 'plans', 'recipes', 'sampler')
 
 
 # -----------------------------------------------------------------------------
@@ -80,6 +77,9 @@ class Evaluation:
         """The generator, the evaluator, the judge if there is one, and their corpus. InputError if they do not fit."""
         self.model, self.tokenizer, saved = load_model(args.checkpoint)
         require_generator(self.model, args.checkpoint)
+        for head in untrained_heads(saved):
+            print(f'note: the {head} head had not begun to learn when {args.checkpoint} was saved; what it decodes is '
+                  f'no measure of it')
         self.evaluator, _, other = load_model(args.evaluator)
         config = self.evaluator.config
         if (config.attention_type, config.model_mode) != ('causal', 'language_model'):
@@ -96,26 +96,30 @@ class Evaluation:
         weights = torch.float64 if self.dtype == 'float64' else torch.float32
         self.model, self.evaluator = (model.to(self.device, weights) for model in (self.model, self.evaluator))
 
+    def identity(self, args):
+        """What results depend on: those of another identity do not compare."""
+        hardware = f'{platform.machine()}, {os.cpu_count()} cores'
+        if self.device.startswith('cuda'):
+            hardware = torch.cuda.get_device_name(self.device)
+        digest = results.digest
+        return {'checkpoint': digest(args.checkpoint), 'evaluator': digest(args.evaluator),
+                'judge': digest(args.judge) if args.judge else 'none', 'corpus': self.corpus.meta['sha256'],
+                'code': results.code_version(), 'seed': self.seed, 'num_samples': self.n, 'length': self.length,
+                'device': self.device.split(':')[0], 'dtype': self.dtype, 'hardware': hardware,
+                'torch': torch.__version__}
+
     def open_results(self, args):
         """Results of the same identity go on; InputError for those of another, unless they are to be overwritten.
 
         The first process reads them for all.
         """
         self.path = os.path.join(args.out_dir, 'evaluation.json')
-        hardware = f'{platform.machine()}, {os.cpu_count()} cores'
-        if self.device.startswith('cuda'):
-            hardware = torch.cuda.get_device_name(self.device)
-        identity = {'checkpoint': digest(args.checkpoint), 'evaluator': digest(args.evaluator),
-                    'judge': digest(args.judge) if args.judge else 'none', 'corpus': self.corpus.meta['sha256'],
-                    'code': code_version(), 'seed': self.seed, 'num_samples': self.n, 'length': self.length,
-                    'device': self.device.split(':')[0], 'dtype': self.dtype, 'hardware': hardware,
-                    'torch': torch.__version__}
+        identity = self.identity(args)
 
         def read():
             make_folder(args.out_dir)
-            if os.path.exists(self.path) and not args.overwrite:
-                return same_identity(self.path, identity)
-            return {'identity': identity, 'reference': {}, 'settings': {}}
+            found = None if args.overwrite else results.read(self.path, identity, results.check_evaluation)
+            return found or {'identity': identity, 'reference': {}, 'settings': {}}
         self.result = self.processes.of_first(read) | {
             'command': shlex.join(['python', *sys.argv]), 'checkpoint': args.checkpoint,
             'corpus': self.corpus.meta['name'], 'batch': self.batch}
@@ -203,36 +207,6 @@ class Evaluation:
         return 0
 
 
-def digest(path):
-    with open(path, 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
-def code_version():
-    """Digest of the source files that decide what is measured."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    joined = ''.join(digest(os.path.join(here, f'{name}.py')) for name in SOURCES)
-    return hashlib.sha256(joined.encode()).hexdigest()[:16]
-
-
-def same_identity(path, identity):
-    """The results at path. InputError names what they were measured with, where that is not this identity."""
-    try:
-        with open(path) as f:
-            result = json.load(f)
-        before = dict(result['identity'])
-        whole = all({'curve', 'measures', 'temperature'} <= set(entry) for entry in result['settings'].values())
-        if not whole or not isinstance(result['reference'], dict):
-            raise ValueError('damaged')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f'{path!r} cannot be read as results; give another --out-dir, or --overwrite') from error
-    differing = [f'{name} {before.get(name)}, now {now}' for name, now in identity.items() if before.get(name) != now]
-    if differing:
-        raise InputError(f'{path!r} holds results of another identity ({"; ".join(differing)}); '
-                         f'give another --out-dir, or --overwrite to replace them')
-    return result
-
-
 # -----------------------------------------------------------------------------
 # command line
 
@@ -250,7 +224,7 @@ def parser():
     add('--decoders', default='', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
     add('--passes', default='', help=f'numbers of forward passes (default: {joined(PASSES)})')
     add('--temperatures', default='', help=f'points of each curve (default: {joined(TEMPERATURES)})')
-    add('--num-samples', type=int, default=32, help='samples of each setting (default: %(default)s)')
+    add('--num-samples', type=int, help='samples of each setting (default: 32)')
     add('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/ beside this file)')
     add('--seed', type=int, default=1337, help='of the noise (default: %(default)s)')
     add('--device', default='auto', help='auto, cuda, mps, cpu (default: %(default)s)')
@@ -262,6 +236,11 @@ def parser():
 def arguments():
     args = parser().parse_args()
     chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
+    ignored = [flag for flag in ('judge', 'decoders', 'temperatures', 'num_samples') if getattr(args, flag)]
+    if args.likelihood and ignored:
+        raise InputError(f'--likelihood goes without --{ignored[0].replace("_", "-")}: it draws no samples; wanted '
+                         f'--passes, or no --likelihood')
+    args.num_samples = 32 if args.num_samples is None else args.num_samples
     args.named = bool(args.decoders)
     args.decoders = names(args.decoders) or chosen['decoders']
     args.passes = numbers(args.passes, int, 'passes') or chosen['passes']
@@ -314,7 +293,9 @@ def evaluate(args, processes):
     evaluation = Evaluation(args, processes)
     progress = not args.no_progress and sys.stderr.isatty() and processes.master_process
     if args.likelihood:
-        likelihood_table.write(evaluation, args.passes or likelihood_table.PASSES, args.out_dir, progress)
+        passes = args.passes or likelihood_table.PASSES
+        identity = evaluation.identity(args) | {'passes': list(passes)}
+        likelihood_table.write(evaluation, passes, args.out_dir, progress, identity, args.overwrite)
         return 0
     evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)

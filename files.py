@@ -1,7 +1,7 @@
 """Files that a kill, a full disk or a second run cannot spoil: whole or not there, in a folder locked by its run."""
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from errors import InputError, WriteError
 
@@ -73,10 +73,11 @@ def locked(path):
     """A folder for this run alone, made if need be; InputError where another run writes to it.
 
     The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends.
-    Parts of files that a killed run left are removed.
+    Parts of files that a killed run left are removed, and a folder made for a run that wrote nothing.
     """
+    is_there = os.path.exists(path)
     make_folder(path, 'out_dir ')
-    with opened_folder(path) as folder:
+    with opened_folder(path) if fcntl else nullcontext() as folder:    # Windows opens no folders
         try:
             if fcntl:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +90,12 @@ def locked(path):
             if re.search(r'\.\d+\.part$', name):
                 with suppress(OSError):
                     os.remove(os.path.join(path, name))
-        yield
+        try:
+            yield
+        finally:
+            if not is_there:
+                with suppress(OSError):    # it holds something
+                    os.rmdir(path)
 
 
 def require_file(path, wanted):

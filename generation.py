@@ -47,6 +47,8 @@ def decoder_config(args, model, path, prefix_only=True):
     """
     if args.order == 'critic' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic needs')
+    if args.corrections and model.sampler_head is None:
+        raise InputError(f'{path!r} has no sampler head, which --corrections needs')
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
     if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
@@ -59,8 +61,8 @@ def decoder_config(args, model, path, prefix_only=True):
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
     if config.plan != 'wavefront' and args.seed_text and args.seed_placement == 'random':
-        raise InputError(f'--plan {config.plan} needs the same places in every sample; found --seed-placement random, '
-                         f'which --plan wavefront takes')
+        raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
+                         f'random, which --plan wavefront takes')
     revisions = args.iterations - config.plan_passes
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
@@ -225,8 +227,8 @@ def generate_text(args, processes):
     n_passes = n_batches * len(blocks(length, model.config.block_size)) * config.passes
     args.no_progress = args.no_progress or not processes.master_process
     shown = args.animate and processes.master_process
-    with Animation(x[0].tolist(), tokenizer, args.animate) if shown else nullcontext() as animation, \
-            signals.noted('this pass, with the samples that are done') as stop:
+    with signals.noted('this pass, with the samples that are done') as stop, \
+            Animation(x[0].tolist(), tokenizer, args.animate) if shown else nullcontext() as animation:
         progress = Progress(args, tokenizer, n_passes, stop, animation)
         clock = time.perf_counter()
         own = decode(args, model, x, free, config, numbers, device, dtype, progress)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import autoregressive
 from decoding import decode_block, default_config
-from diffusion import mask_tokens, spread_ratios
+from diffusion import draw_masks, spread_ratios
 from errors import InputError
 from metrics import rank_correlation
 from progress import bar
@@ -34,7 +34,7 @@ def make_examples(generator, x0, rng):
     (B, T), blank = x0.shape, bool(rng.random() < BLANK)
     noise = torch.Generator(x0.device).manual_seed(int(rng.integers(2 ** 62)))
     ratio = (spread_ratios(B, noise, x0.device) - CLEAN) / (1 - CLEAN)    # up to 0: stays real
-    _, mask = mask_tokens(x0, ratio.clamp(1 / T, 1), generator.mask_id, noise)
+    mask = draw_masks(ratio.clamp(1 / T, 1), T, noise)
     mask = (mask | blank) & (ratio > 0)[:, None]
     config = default_config(generator, int(rng.choice(ITERATIONS)), prefix_only=blank,
                             use_sampler=generator.sampler_head is not None and bool(rng.integers(2)),

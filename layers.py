@@ -82,10 +82,10 @@ class ShortConv(nn.Module):
         weight, reach = self.conv.weight, self.conv.weight.size(-1) // 2
         text = F.pad(x[:, :layout.n_text], (0, 0, reach, 0)).transpose(1, 2)                   # (B, C, reach + T)
         before = text.unfold(2, reach, 1)[:, :, layout.starts]                                 # (B, C, n, reach)
-        masks = x[:, layout.n_text:].transpose(1, 2).reshape(B, C, -1, layout.size)
+        masks = x[:, layout.n_text:].transpose(1, 2).reshape(B, C, len(layout.starts), layout.size)
         masks = torch.cat((before, masks), -1).transpose(1, 2).flatten(0, 1)               # (B * n, C, reach + size)
         masks = F.conv1d(masks, weight, padding=reach, groups=C)[..., reach:]
-        masks = masks.view(B, -1, C, layout.size).transpose(2, 3).reshape(B, -1, C)
+        masks = masks.view(B, len(layout.starts), C, layout.size).transpose(2, 3).reshape(B, layout.n_masks, C)
         if not layout.n_text:
             return masks
         return torch.cat((F.conv1d(text, weight[..., :reach + 1], groups=C).transpose(1, 2), masks), 1)

@@ -1,8 +1,8 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
-likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes, waves
-(sequential steps of filling), nats_per_token and its standard error over sequences, bits_per_character, seconds for a
-batch of samples at temperature 1.
+likelihood.json has 'identity', what the figures depend on, and 'entries', a list: decoder ('naive', 'wavefront',
+'ar_baseline', 'nelbo'), plan, passes, waves (sequential steps of filling), nats_per_token and its standard error over
+sequences, bits_per_character, seconds for a batch of samples at temperature 1.
 """
 import json
 import math
@@ -15,8 +15,10 @@ from tqdm import tqdm
 import autoregressive
 import decoding
 import diffusion
+import figures
+import results
 from device import autocast
-from files import make_folder, write_atomically
+from files import make_folder, require_file, write_atomically
 from filling import Wavefront
 from likelihood import log_likelihood
 from metrics import mean_error
@@ -161,19 +163,27 @@ def plot(entries, corpus, path):
     axes[0].legend(fontsize=7)
     figure.suptitle(f'{corpus}: exact likelihood of decoders on held-out text')
     figure.tight_layout()
-    for kind in ('png', 'svg'):
-        figure.savefig(f'{path}.{kind}', dpi=120)
+    figures.save(figure, path)
     plt.close(figure)
 
 
-def write(evaluation, passes, out_dir, progress):
-    """Measure, print the table, write likelihood.json and the figure to out_dir: the first process does for all."""
-    if evaluation.processes.master_process:
+def write(evaluation, passes, out_dir, progress, identity, overwrite):
+    """Measure, print the table, write likelihood.json and the figure to out_dir: the first process does for all.
+
+    InputError, before anything is measured, where it holds those of another identity and may not overwrite them.
+    """
+    path, processes = os.path.join(out_dir, 'likelihood'), evaluation.processes
+
+    def prepare():
         make_folder(out_dir)
+        if os.path.lexists(f'{path}.json') and not overwrite:
+            require_file(f'{path}.json', 'results that evaluate.py wrote, or nothing')
+            results.require_identity(f'{path}_identity.json', identity)
+    processes.of_first(prepare)
     entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
-    if not evaluation.processes.master_process:
+    if not processes.master_process:
         return
-    path = os.path.join(out_dir, 'likelihood')
+    write_atomically(f'{path}_identity.json', json.dumps({'identity': identity}, indent=1).encode())
     write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())
     plot(entries, evaluation.corpus.meta['name'], path)
     print(table(entries))

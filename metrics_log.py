@@ -8,7 +8,7 @@ import os
 
 import checkpoint
 from errors import InputError
-from files import write_atomically
+from files import require_file, write_atomically
 
 
 class MetricsLog:
@@ -29,6 +29,8 @@ class MetricsLog:
             except ImportError as error:
                 raise InputError('wandb_log=True needs Weights & Biases: pip install wandb') from error
             self.wandb = wandb
+        if os.path.lexists(self.path):
+            require_file(self.path, 'the metrics of a run, or nothing')
         kept = read(self.path, saved['iter_num'], saved.get('evaluated', True)) if saved else []
         write_atomically(self.path, ''.join(map(line, kept)).encode())
         if self.wandb:
@@ -65,16 +67,23 @@ def line(entry):
 def read(path, before, evaluated=True):
     """Entries before an iteration, and its evaluation if it was evaluated; figures that are null are left out.
 
-    A torn line, left by a kill, and what else is no entry are dropped.
+    A torn line, left by a kill, and what else is no entry are dropped; none where there is no file. InputError where it
+    cannot be read.
     """
     entries = []
-    if os.path.exists(path):
+    if not os.path.exists(path):
+        return entries
+    require_file(path, 'the metrics of a run')
+    try:
         with open(path, encoding='utf-8', errors='replace') as f:
-            for text in f:
-                try:
-                    entry = json.loads(text)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(entry, dict) and type(entry.get('iter')) is int:
-                    entries.append({k: v for k, v in entry.items() if v is not None})
+            lines = f.readlines()
+    except OSError as error:
+        raise InputError(f'cannot read {path!r}: {error.strerror}; wanted the metrics of a run') from error
+    for text in lines:
+        try:
+            entry = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and type(entry.get('iter')) is int:
+            entries.append({k: v for k, v in entry.items() if v is not None})
     return [e for e in entries if e['iter'] < before or evaluated and e['iter'] == before and 'split' in e]

@@ -7,13 +7,11 @@ sees one forward for one backward. figure is what validation chooses the best ch
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import autoregressive
 import diffusion
 import judge
 from noise import derive
-from sampler import spread_choice
 
 
 def make_objective(model, config, generator=None):
@@ -24,6 +22,11 @@ def make_objective(model, config, generator=None):
 
 
 class Objective(nn.Module):
+    """forward(x0, seed, share, *rows) returns the losses, each weighed as a part of those of the global batch.
+
+    x0: the sequences of an iteration that a batches.Share says; seed: of the iteration's noise; rows: as
+    schedules.rows_to_learn_from gives them. Dropout alone is drawn by each process for itself (train.py seeds it).
+    """
     extra_tokens = 0    # that a training sequence has beyond block_size
 
     def __init__(self, model, config):
@@ -37,21 +40,24 @@ class Objective(nn.Module):
 class DiffusionObjective(Objective):
     figure, title = 'nelbo', 'NELBO'
 
-    def forward(self, x0, seed, sampler_rows=0, critic_rows=0, block_rows=0):
-        """x0 (B, T) clean ids; seed: of masks, dropout and the heads' noise; block_rows: sequences read in blocks too;
-        the other *_rows: see diffusion.head_losses. main is the masked loss plus that of the blocks."""
-        torch.manual_seed(seed)
-        t = diffusion.beta_ratios(diffusion.spread_ratios(len(x0))).to(x0.device, non_blocking=True)
-        xt, mask = diffusion.mask_tokens(x0, t, self.model.mask_id)
-        batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask)
-        main, blocks = F.cross_entropy(batch.lm_logits, batch.targets), None
-        if block_rows and x0.size(1) > 1:
+    def forward(self, x0, seed, share, sampler_rows=0, critic_rows=0, block_rows=0):
+        """x0 (B, T) clean ids; block_rows: how many sequences of the global batch, half at most, are read in blocks and
+        not masked; the other *_rows: see diffusion.head_losses. The trunk's losses are main, of masks, and blocks."""
+        n_blocks = min(block_rows, share.total // 2) if x0.size(1) > 2 else 0
+        masked, in_blocks = share.split(n_blocks)
+        x0, text = x0.split((len(masked.numbers), len(in_blocks.numbers)))
+        generator = torch.Generator().manual_seed(derive(seed, 5))
+        t = diffusion.beta_ratios(diffusion.spread_ratios(masked.total, generator))
+        all_masks = diffusion.draw_masks(t, x0.size(1), generator)
+        mask = all_masks[list(masked.numbers)].to(x0.device, non_blocking=True)
+        xt = torch.where(mask, self.model.mask_id, x0)
+        batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask, masked, all_masks)
+        losses, blocks = {'main': diffusion.masked_loss(batch)}, None
+        if n_blocks:
             generator = torch.Generator().manual_seed(derive(seed, 4))
-            chosen = spread_choice(len(x0), block_rows, generator).to(x0.device)
-            blocks, block_loss = diffusion.forward_blocks(self.trunk, self.model, x0[chosen], generator)
-            main = main + block_loss
+            blocks, losses['blocks'] = diffusion.forward_blocks(self.trunk, self.model, text, generator, in_blocks)
         heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
-        return {'main': main} | {name: heads[name] for name in ('sampler', 'critic') if name in heads}
+        return losses | {name: heads[name] for name in ('sampler', 'critic') if name in heads}
 
     def validate(self, x0, batch_size, seed, sampler, critic):
         return diffusion.validate(self.model, x0, batch_size, seed, sampler, critic)
@@ -61,9 +67,8 @@ class AutoregressiveObjective(Objective):
     figure, title = 'nll', 'NLL'
     extra_tokens = 1
 
-    def forward(self, x0, seed, sampler_rows=0, critic_rows=0, block_rows=0):
+    def forward(self, x0, seed, share, *rows):
         """x0 (B, T + 1) ids."""
-        torch.manual_seed(seed)
         return {'main': autoregressive.nll(self.trunk, self.model, x0).mean()}
 
     def validate(self, x0, batch_size, seed, sampler, critic):
@@ -77,10 +82,9 @@ class JudgeObjective(Objective):
         super().__init__(model, config)
         self.generator = [generator]    # in a list: no part of what is trained
 
-    def forward(self, x0, seed, sampler_rows=0, critic_rows=0, block_rows=0):
-        """x0 (B, T) clean ids, of which the generator damages a part."""
-        x, real = judge.make_examples(self.generator[0], x0, np.random.default_rng(derive(seed, 3)))
-        torch.manual_seed(seed)
+    def forward(self, x0, seed, share, *rows):
+        """x0 (B, T) clean ids, of which the generator damages a part, each process as it draws for itself."""
+        x, real = judge.make_examples(self.generator[0], x0, np.random.default_rng(derive(seed, 3, share.first)))
         return {'main': judge.loss(self.trunk, self.model, x, real)}
 
     def validate(self, x0, batch_size, seed, sampler, critic):

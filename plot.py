@@ -17,6 +17,7 @@ matplotlib.use('Agg')    # no window
 import matplotlib.pyplot as plt
 import numpy as np
 
+import figures
 from errors import InputError, run
 
 # names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
@@ -45,12 +46,7 @@ def main():
     runs = {path: read(path) for path in args.runs}
     plt.style.use('tableau-colorblind10')
     figure = draw(runs)
-    for suffix in ('png', 'svg'):
-        try:
-            figure.savefig(f'{stem}.{suffix}', dpi=120)
-        except OSError as error:
-            raise InputError(f'cannot write {stem}.{suffix}: {error.strerror}; wanted a folder that can be '
-                             f'written') from error
+    figures.save(figure, stem)
     plt.close(figure)
     print(f'saved {stem}.png and {stem}.svg')
 
@@ -64,13 +60,9 @@ def read(path):
     file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
-    try:
-        entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
-        fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
-                   for k, v in entry.items() if k != 'split')
-    except OSError as error:
-        raise InputError(f'cannot read {file!r}: {error.strerror}; wanted the metrics.jsonl that train.py '
-                         f'writes') from error
+    entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
+    fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
+               for k, v in entry.items() if k != 'split')
     if not entries or not fine:
         raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
                          f'metrics.jsonl that train.py writes')

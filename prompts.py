@@ -55,7 +55,7 @@ def template_ids(template, blank, tokenizer):
 
 
 def is_prefix(args, free):
-    """Is text given at the front alone? It must not depend on the number of sequences, so random places are none."""
+    """Is text given at the front alone? It must not depend on the number of sequences, so random positions are none."""
     if args.seed_text and args.seed_placement == 'random':
         return False
     return not (free[:, :-1] & ~free[:, 1:]).any()

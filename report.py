@@ -9,6 +9,7 @@ import json
 import math
 import os
 
+import figures
 from files import write_atomically
 from metrics import jackknife_error
 
@@ -296,9 +297,8 @@ def write(result, keys, out_dir):
     print(text)
     write_atomically(os.path.join(out_dir, 'report.md'), f'    {result["command"]}\n\n{text}\n'.encode())
     write_atomically(os.path.join(out_dir, 'report.json'), json.dumps(entries(points), indent=1).encode())
-    figures = {'curves': draw_curves(plt, result, settings, points), 'frontier': draw_frontier(plt, result, points)}
-    for name, figure in figures.items():
-        for suffix in ('png', 'svg'):
-            figure.savefig(os.path.join(out_dir, f'{name}.{suffix}'), dpi=120)
+    drawn = {'curves': draw_curves(plt, result, settings, points), 'frontier': draw_frontier(plt, result, points)}
+    for name, figure in drawn.items():
+        figures.save(figure, os.path.join(out_dir, name))
         plt.close(figure)
     print(f'{out_dir} holds evaluation.json, report.md, report.json, and curves and frontier as png and svg')

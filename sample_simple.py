@@ -45,7 +45,7 @@ def parser():
     add('--seed-placement', choices=('prefix', 'random'), default='prefix', help='where it stands')
     add('--template', default='', help='text with blanks, such as "To be, ____ not": each _ is one token to fill, all '
         'else is kept; @FILE reads it from a file. With a larger --sequence-length the text goes on behind it')
-    add('--blank', default='_', metavar='CHAR', help='character of the blanks; choose another for a template that '
+    add('--blank', metavar='CHAR', help='character of the blanks; choose another for a template that '
         'contains underscores: --blank "#" --template "snake_case ####" (default: _)')
     add('--seed', type=int, default=1337, help='of the noise; -1 draws one')
     add = parser.add_argument_group('how to decode: order').add_argument
@@ -73,7 +73,8 @@ def parser():
     add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
     add('--corrections', type=int, default=0,
         help='times that the sampler head resamples its worst tokens after each pass, without a forward pass')
-    add('--correction-ratio', type=float, default=0.6, help='share that the first correction resamples, falling evenly')
+    add('--correction-ratio', type=float,
+        help='share that the first correction resamples, falling evenly (default: 0.6)')
     add = parser.add_argument_group('output').add_argument
     add('--animate', type=float, nargs='?', const=20.0, metavar='SPEED',
         help='show in the terminal how the first sample comes about, SPEED waves a second (20 unless given)')
@@ -109,6 +110,9 @@ def check(args):
             raise InputError(f'{len(args.masking_ratios)} --masking-ratios make {args.iterations} iterations, '
                              f'found --iterations {found}')
     args.iterations = args.iterations or 15
+    check_ignored(args)
+    args.correction_ratio = 0.6 if args.correction_ratio is None else args.correction_ratio
+    args.blank = '_' if args.blank is None else args.blank
     if len(args.blank) != 1:
         raise InputError(f'--blank is {args.blank!r}, wanted one character')
     if args.template and (args.seed_text or args.seed_placement == 'random'):
@@ -129,6 +133,34 @@ def check(args):
         raise InputError(f'found --quality-metric {args.quality_metric} with --judge-checkpoint-name '
                          f'{args.judge_checkpoint_name}, wanted both or neither; python train.py config/train_judge.py '
                          f'trains a judge')
+
+
+def check_ignored(args):
+    """InputError for a flag that the other flags leave nothing to do."""
+    ends = args.start_ratio is not None or args.end_ratio is not None
+    threshold = args.schedule_mode == 'threshold'
+    revises = ends or threshold or args.no_revise or args.randomness_strength > 0
+    ignored = {
+        '--start-ratio or --end-ratio with --schedule-mode threshold, which goes by --threshold; wanted '
+        '--schedule-mode ratio': ends and threshold,
+        '--start-ratio or --end-ratio beside --masking-ratios, which say every share; wanted one or the other':
+            ends and args.masking_ratios is not None,
+        '--corrections with --disable-sampler; it is the sampler head that corrects':
+            args.corrections > 0 and args.disable_sampler,
+        '--correction-ratio without --corrections; wanted a number of --corrections above 0':
+            args.correction_ratio is not None and not args.corrections,
+        '--randomness-strength with --order random, which goes by noise alone; wanted another --order':
+            args.randomness_strength > 0 and args.order == 'random',
+        '--end-temperature with one iteration, which has --temperature; wanted more --iterations':
+            args.end_temperature is not None and args.iterations == 1,
+        'a flag about revising with one iteration, after which nothing is revised; wanted more --iterations':
+            revises and args.iterations == 1,
+        '--blank without --template, whose blanks it names': args.blank is not None and not args.template,
+        '--seed-placement random without --seed-text, the text to be placed':
+            args.seed_placement == 'random' and not (args.seed_text or args.template)}
+    for found, is_so in ignored.items():
+        if is_so:
+            raise InputError(f'found {found}')
 
 
 def check_save(path):

@@ -15,7 +15,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from batches import spread_choice, untaught
 from layers import norm
+
+
+CHUNK = 32    # tokens that gradients of the recurrent state reach back at most
 
 
 def low_rank(n_in, n_out, rank, bias=True):
@@ -96,11 +100,25 @@ class SamplerHead(nn.Module):
         return projected if last is None else projected + self.last_proj(last)
 
     def states(self, text, wte):
-        """Recurrent state at each position, which has read the tokens on its left: text (B, T) ids -> (B, T, S)."""
-        if text.size(1) == 1:
-            return wte.new_zeros(len(text), 1, self.reader.hidden_size)
+        """Recurrent state at each position, which has read the tokens on its left: text (B, T) ids -> (B, T, S).
+
+        Gradients end CHUNK tokens back at the latest (truncated backpropagation through time): the text is read once
+        for the states, then again for gradients, all chunks at once, in as few steps as a chunk has tokens.
+        """
+        (B, T), S = text.shape, self.reader.hidden_size
+        if T == 1:
+            return wte.new_zeros(B, 1, S)
         with uncast(wte):
-            read, _ = self.reader(self.local.codes(wte, text[:, :-1]))
+            codes = self.local.codes(wte, text[:, :-1])
+            if not torch.is_grad_enabled() or T - 1 <= CHUNK:
+                read, _ = self.reader(codes)
+            else:
+                with torch.no_grad():
+                    before, _ = self.reader(codes)
+                before = F.pad(before[:, CHUNK - 1:T - 2:CHUNK], (0, 0, 1, 0))    # (B, n, S) behind the chunks before
+                chunks = F.pad(codes, (0, 0, 0, -(T - 1) % CHUNK)).view(-1, CHUNK, codes.size(2))
+                read, _ = self.reader(chunks, before.reshape(1, -1, S))
+                read = read.reshape(B, -1, S)[:, :T - 1]
         return F.pad(read, (0, 0, 1, 0))    # 0: nothing read
 
     def read(self, token_gates, state_gates, state):
@@ -176,14 +194,16 @@ class SamplerExamples:
     last: torch.Tensor        # (N, C) the trunk's state at the last token before the block, else 0
     state_of: torch.Tensor    # (N,) which of the R * T positions of text has the recurrent state, -1 for none
     text: torch.Tensor        # (R, T) ids that the head reads from left to right
+    total: int                # how many positions these are in the global batch
 
 
 def together(parts):
     """All examples of parts, a list of SamplerExamples, as one."""
     shifts = [0, *accumulate(part.text.numel() for part in parts)]
     state_of = [torch.where(part.state_of < 0, -1, part.state_of + shift) for part, shift in zip(parts, shifts)]
-    return SamplerExamples(**{f.name: torch.cat([getattr(part, f.name) for part in parts])
-                              for f in fields(SamplerExamples)} | {'state_of': torch.cat(state_of)})
+    tensors = [f.name for f in fields(SamplerExamples) if f.name not in ('state_of', 'total')]
+    return SamplerExamples(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors},
+                           state_of=torch.cat(state_of), total=sum(part.total for part in parts))
 
 
 def known_neighbors(x0, resample_mask, first, sequences, positions, offsets, mask_id):
@@ -203,65 +223,79 @@ def known_neighbors(x0, resample_mask, first, sequences, positions, offsets, mas
     return torch.where(wave_around < own_wave[:, None], around, mask_id)
 
 
-def spread_choice(n_all, n, generator):
-    """About n of n_all indices, evenly spaced from a random offset, so that every masking ratio has its share."""
-    stride = max(1, n_all // n)
-    return torch.arange(int(torch.randint(stride, (), generator=generator)), n_all, stride)
-
-
 def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True):
     """Examples from a batch, a diffusion.MaskedBatch, and from blocks, a diffusion.BlockBatch or None.
 
     Half of n_sequences show their masked positions as a wavefront fills them. generator: of CPU noise. augment adds
     what plain masks lack. In every other one of them only a part of the masked positions, often none, is to be filled:
     resampling and rescoring. And blank sequences, as decoding begins: half as many again as a wavefront fills them, and
-    n_sequences from left to right; the trunk reads one for all, for to it they look alike.
+    n_sequences from left to right, those of the blocks first, whose blocks follow with the view that has read the text
+    before them; the trunk reads one blank sequence for all, for to it they look alike. All are chosen among the global
+    batch, and the examples are those of the sequences here.
     """
-    (B, T), device = batch.x0.size(), batch.x0.device
-    chosen = spread_choice(B, max(1, n_sequences // 2), generator)
-    blank = spread_choice(B, max(1, len(chosen) // 2), generator) if augment else chosen[:0]
-    read = spread_choice(B, n_sequences, generator) if augment else chosen[:0]
+    share, T, device = batch.share, batch.x0.size(1), batch.x0.device
+    chosen = spread_choice(share.total, max(1, n_sequences // 2), generator)
+    blank = spread_choice(share.total, max(1, len(chosen) // 2), generator) if augment else chosen[:0]
     blank_hidden = model(torch.full((1, T), model.mask_id, device=device))
-    parts = [wavefront_examples(model, batch, chosen.to(device), blank.to(device), blank_hidden, generator, augment)]
+    parts = [wavefront_examples(model, batch, chosen, blank, blank_hidden, generator, augment)]
+    if not augment or T == 1:    # the first position is the language-model head's
+        return parts[0]
 
-    if augment and T > 1:    # the first position is the language-model head's
-        positions, hidden = torch.arange(1, T, device=device), blank_hidden[:, 1:].expand(len(read), -1, -1)
-        parts.append(from_left_examples(model, batch.x0[read.to(device)], positions, hidden, torch.zeros_like(hidden)))
-    if augment and blocks is not None:
-        parts.append(from_left_examples(model, blocks.x0, blocks.positions, blocks.hidden, blocks.last))
+    positions, hidden = torch.arange(1, T, device=device), blank_hidden[:, 1:]
+    if blocks is not None:
+        n_sequences -= blocks.share.total
+        views = hidden.expand(len(blocks.x0), -1, -1)
+        parts.append(from_left_examples(
+            model, blocks.x0, torch.cat((positions, blocks.positions)), torch.cat((views, blocks.hidden), 1),
+            torch.cat((torch.zeros_like(views), blocks.last), 1), blocks.share.total))
+    if n_sequences > 0:
+        read = spread_choice(share.total, n_sequences, generator)
+        own = batch.x0[share.of(read)[1].to(device)]
+        views = hidden.expand(len(own), -1, -1)
+        parts.append(from_left_examples(model, own, positions, views, torch.zeros_like(views), len(read)))
     return together(parts)
 
 
 def wavefront_examples(model, batch, chosen, blank, blank_hidden, generator, augment):
-    """The masked positions of chosen sequences, and those of blank ones, as a wavefront fills them."""
+    """The masked positions of chosen sequences, and those of blank ones, as a wavefront fills them.
+
+    chosen, blank: numbers in the global batch.
+    """
     T, device = batch.x0.size(1), batch.x0.device
-    x0 = batch.x0[torch.cat((chosen, blank))]
-    mask = torch.cat((batch.mask[chosen], torch.ones(len(blank), T, dtype=torch.bool, device=device)))
-    hidden = torch.cat((batch.hidden[chosen], blank_hidden.expand(len(blank), -1, -1)))
-    resample_mask = mask
+    total = int(batch.all_masks[chosen].sum()) + len(blank) * T
+    whole = torch.ones(len(chosen), T, dtype=torch.bool)    # is filled
     if augment:
         share = torch.rand(len(chosen), 1, generator=generator) - 0.3    # below 0 nothing is filled
         part = torch.rand(len(chosen), T, generator=generator) < share
-        whole = torch.arange(len(chosen)) % 2 == torch.randint(2, (), generator=generator)
-        filled = torch.cat((part | whole[:, None], torch.ones(len(blank), T, dtype=torch.bool)))
-        resample_mask = mask & filled.to(device)
+        odd = torch.arange(len(chosen)) % 2 == torch.randint(2, (), generator=generator)
+        whole = part | odd[:, None]
+    (which, chosen), (_, blank) = batch.share.of(chosen), batch.share.of(blank)
+    filled, chosen, blank = whole[which].to(device), chosen.to(device), blank.to(device)
+    x0 = batch.x0[torch.cat((chosen, blank))]
+    all_blank = torch.ones(len(blank), T, dtype=torch.bool, device=device)
+    mask = torch.cat((batch.mask[chosen], all_blank))
+    hidden = torch.cat((batch.hidden[chosen], blank_hidden.expand(len(blank), -1, -1)))
+    resample_mask = mask & torch.cat((filled, all_blank))
     with uncast(blank_hidden):    # as the decoder reads it
         score = confidence(model.lm_head(blank_hidden)).expand(mask.shape)
     first = first_positions(resample_mask, score, model.config.sampler_min_neighbors_ratio)
     around = known_neighbors(x0, resample_mask, first, *mask.nonzero(as_tuple=True), model.sampler_head.local.offsets,
                              model.mask_id)
     return SamplerExamples(hidden[mask], x0[mask], around, torch.zeros_like(hidden[mask]),
-                           torch.full_like(x0[mask], -1), x0[:0])
+                           torch.full_like(x0[mask], -1), x0[:0], total)
 
 
-def from_left_examples(model, text, positions, hidden, last):
-    """Positions (M,) of every sequence of text (R, T), filled from left to right: hidden, last (R, M, C)."""
+def from_left_examples(model, text, positions, hidden, last, n_global):
+    """Positions (M,) of every sequence of text (R, T), filled from left to right: hidden, last (R, M, C).
+
+    n_global: how many sequences they are in the global batch.
+    """
     (R, T), head = text.shape, model.sampler_head
     sequences, at = torch.arange(R, device=text.device).repeat_interleave(len(positions)), positions.repeat(R)
     around = gather_neighbors(pad(text, head.reach, model.mask_id), sequences, at, head.local.offsets, head.reach)
     around = torch.where(head.local.offsets < 0, around, model.mask_id)
     return SamplerExamples(hidden.flatten(0, 1), text[sequences, at], around, last.flatten(0, 1), sequences * T + at,
-                           text)
+                           text, n_global * len(positions))
 
 
 def confidence(logits):
@@ -271,6 +305,8 @@ def confidence(logits):
 
 def sampler_loss(head, examples, wte):
     """Cross-entropy of the head on SamplerExamples, nats, averaged; its gradient reaches the head alone. wte (V, C)."""
+    if not len(examples.targets):
+        return untaught(head)
     hidden = examples.hidden.detach()
     tables, around = head.local.tables_for(wte, examples.around)
     state = None

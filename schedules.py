@@ -22,16 +22,20 @@ def critic_weight(config, start_iter, it):
 
 
 def weighted(config, start_iter, it, losses):
-    """main + sampler + critic, the critic's weighted by its schedule; a frozen trunk has no main loss."""
-    weights = {'main': float(not config.freeze_trunk), 'sampler': 1.0, 'critic': critic_weight(config, start_iter, it)}
+    """main + blocks + sampler + critic, the critic's weighted by its schedule; those of a frozen trunk do not count."""
+    trunk = float(not config.freeze_trunk)
+    weights = {'main': trunk, 'blocks': trunk, 'sampler': 1.0, 'critic': critic_weight(config, start_iter, it)}
     return sum(weights[name] * value for name, value in losses.items())
 
 
-def rows_to_learn_from(config, current_stage, share):
-    """sampler_rows, critic_rows and block_rows of this process in this stage; 0 for what does not learn."""
-    on = config.add_sampler_head and current_stage >= 2, current_stage == 3, config.block_rows > 0
+def rows_to_learn_from(config, current_stage, it=0):
+    """Sequences of the global batch for sampler head, critic head and blocks at iteration it; 0 for what does not learn
+    then.
+    """
+    critic = current_stage == 3 and it % config.critic_interval == 0
+    on = config.add_sampler_head and current_stage >= 2, critic, config.block_rows > 0
     rows = config.sampler_rows, config.critic_rows, config.block_rows
-    return [max(1, n // share) if learns else 0 for learns, n in zip(on, rows)]
+    return [n * config.gradient_accumulation_steps if learns else 0 for learns, n in zip(on, rows)]
 
 
 def lr_factor(config, it, start=0):

@@ -49,7 +49,7 @@ RANGES = {
     # heads
     'start_sampler_iteration': Range(0), 'sampler_min_neighbors_ratio': SHARES, 'sampler_context': Range(1, 1024),
     'sampler_width': WIDTHS, 'sampler_state': WIDTHS, 'sampler_rows': Range(1), 'start_critic_iteration': Range(0),
-    'end_critic_iteration': Range(0), 'critic_alpha': Range(0), 'critic_rows': Range(1),
+    'end_critic_iteration': Range(0), 'critic_alpha': Range(0), 'critic_rows': Range(1), 'critic_interval': Range(1),
     # optimizer: no rate above 10 trains anything
     'learning_rate': Range(0, 10), 'muon_learning_rate': Range(0, 10), 'max_iters': Range(1), 'weight_decay': Range(0),
     'beta1': Range(0, 1, below=True), 'beta2': Range(0, 1, below=True), 'grad_clip': Range(0), 'warmup_iters': Range(0),
@@ -72,6 +72,7 @@ def check(config):
     if config.init_from == 'scratch':    # else the checkpoint says more
         check_reached(config)
         check_frozen(config)
+        check_learns(config, {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')})
 
 
 def check_values(values):
@@ -148,6 +149,29 @@ def check_reached(c):
         if getattr(c, f'add_{head}_head') and start > c.max_iters and not c.eval_only:
             raise InputError(f'start_{head}_iteration={start} is never reached, max_iters={c.max_iters}; wanted a '
                              f'larger max_iters, an earlier start, or add_{head}_head=False')
+
+
+def check_learns(c, starts, now=0):
+    """Learning rates that are 0 where something is to learn, in a run that goes on from iteration now.
+
+    starts {head: iteration at which it begins}. A head that warms up beyond the end of the decay would learn until the
+    warm-up ends and then stand still.
+    """
+    if c.eval_only:
+        return
+    if not (c.learning_rate or c.muon_learning_rate):
+        raise InputError('learning_rate=0 and muon_learning_rate=0 train nothing; wanted one of them above 0')
+    if c.final_lr_ratio > 0 or not 0 < c.lr_decay_iters < c.max_iters:
+        return
+    ended = f'lr_decay_iters={c.lr_decay_iters} ends all learning before max_iters={c.max_iters}, for final_lr_ratio=0'
+    ways_on = 'wanted a later lr_decay_iters, 0 for max_iters, or a final_lr_ratio above 0'
+    if now >= c.lr_decay_iters:
+        raise InputError(f'{ended}, and this run goes on from iteration {now}: nothing would train; {ways_on}')
+    for head in ('sampler', 'critic'):
+        begins = getattr(c, f'add_{head}_head') and starts[head] < c.max_iters
+        if begins and starts[head] + c.warmup_iters >= c.lr_decay_iters:
+            raise InputError(f'{ended}, but the {head} head begins at iteration {starts[head]} and would still be in '
+                             f'its warm-up then, warmup_iters={c.warmup_iters}; {ways_on}')
 
 
 def check_frozen(c):

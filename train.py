@@ -22,6 +22,7 @@ import memory
 import sharding
 import signals
 import trunk
+from batches import Share
 from configurator import configure
 from corpus import DATA_DIR, load_or_prepare
 from description import describe_run
@@ -72,7 +73,7 @@ n_layer = 6                 # transformer blocks
 n_head = 6                  # attention heads, each of n_embd / n_head channels
 n_embd = 384                # channels
 dropout = 0.0               # chance that an output of attention or MLP is left out in training
-block_rows = 32             # sequences of a micro-batch that the trunk reads in blocks too; 0 is off
+block_rows = 16             # sequences of a micro-batch that the trunk reads in blocks, not masked; at most half
 # sampler head
 add_sampler_head = False    # in stage 2
 start_sampler_iteration = 1000      # stage 2 begins
@@ -80,13 +81,14 @@ sampler_min_neighbors_ratio = 0.01  # share of a sequence that is filled first w
 sampler_context = 8         # neighbours on each side that the head sees
 sampler_width = 128         # channels of the head
 sampler_state = 192         # of its recurrent state
-sampler_rows = 64           # sequences that the head learns to fill from left to right, half as many by wavefront
+sampler_rows = 16           # sequences that the head learns to fill from left to right, half as many by wavefront
 # critic head
 add_critic_head = False     # in stage 3
 start_critic_iteration = 3000       # stage 3 begins
 end_critic_iteration = 5000         # the critic's weight has risen linearly from 0 to critic_alpha
 critic_alpha = 1.0          # weight of its loss
 critic_rows = 2             # sequences of a micro-batch that are decoded for the critic
+critic_interval = 10        # iterations between those in which it learns; log lines show it then
 # optimizer
 freeze_trunk = False        # train the heads alone
 trunk_checkpoint = ''       # of the finished model whose trunk this one starts with
@@ -125,18 +127,22 @@ def train(config, processes):
     """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop."""
     corpus = processes.first_alone(lambda: load_or_prepare(config.dataset, config.offline_dataset, config.data_dir))
     corpus.check(config.block_size)
-    saved = checkpoint.open_for_run(config, corpus.meta)
-    if saved and config.dtype == 'auto':
-        config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
-        check(config)
-    config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
-    micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
-    state, objective = build(config, corpus, saved, processes, share)
-    processes.print0(describe_run(config, corpus, state.model, state.start_iter, micro_steps, share, processes.world))
     writes = processes.master_process and not config.eval_only
-    with locked(config.out_dir) if writes else nullcontext(), signals.noted() as stop:
-        log = MetricsLog(config, saved) if processes.master_process else None
-        ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop)
+    with locked(config.out_dir) if writes else nullcontext():
+        processes.barrier()    # no process looks at the checkpoint while another run may still replace it
+        if config.generator_checkpoint:    # kept with the judge: another generator may come to lie there
+            config.generator_weights = trunk.digest(config.generator_checkpoint)
+        saved = checkpoint.open_for_run(config, corpus.meta)
+        if saved and config.dtype == 'auto':
+            config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
+            check(config)
+        config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
+        micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
+        state, objective = build(config, corpus, saved, processes, share)
+        processes.print0(describe_run(config, corpus, state, micro_steps, share, processes.world))
+        with signals.noted() as stop:
+            log = MetricsLog(config, saved) if processes.master_process else None
+            ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop)
     if log:
         log.close()
     if ended_by:
@@ -144,7 +150,7 @@ def train(config, processes):
         sys.exit(128 + ended_by)
 
 
-def iterate(config, processes, corpus, saved, state, objective, log, micro_steps, share, stop):
+def iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop):
     """The loop: for every iteration learning rate, evaluate and save, micro-steps, update, log.
 
     Returns the number of the signal that ended it, 0 where it came to its end.
@@ -159,7 +165,7 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
             processes.print0(f'stage {current_stage}: {describe_stage(config, current_stage)}')
             if not processes.shards:
                 choose_trainable(config, state.model, current_stage)
-            module = processes.wrap(objective)
+            module = processes.wrap(objective, some_wait=current_stage > 1)
         set_learning_rates(config, state, it)
 
         # with several processes all have to agree, which is worth a message in iterations with a log line alone
@@ -186,11 +192,14 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
 
         sums = {}
         for micro in range(micro_steps):
-            seed = derive(config.seed, it, micro * processes.world + processes.rank)
-            x0 = next_batch(config, corpus, objective, seed, config.batch_size // share, processes.device)
+            part = micro * processes.world + processes.rank
+            own = Share(config.gradient_accumulation_steps * config.batch_size, part, micro_steps * processes.world)
+            seed = derive(config.seed, it)
+            x0 = next_batch(config, corpus, objective, seed, own, processes.device)
+            torch.manual_seed(derive(seed, part))    # of dropout
             with without_sync(module, last=micro == micro_steps - 1):
                 with autocast(processes.device, config.dtype):
-                    losses = module(x0, seed, *rows_to_learn_from(config, current_stage, share))
+                    losses = module(x0, seed, own, *rows_to_learn_from(config, current_stage, it))
                 loss = weighted(config, state.start_iter, it, losses) / micro_steps
                 if loss.requires_grad:
                     state.scaler.scale(loss).backward()
@@ -281,9 +290,10 @@ def set_learning_rates(config, state, it):
             optimizer.param_groups[0]['lr'] = lr * lr_factor(config, it, state.start_iter[part])
 
 
-def next_batch(config, corpus, objective, seed, n, device):
-    """n sequences of the training split, (n, block_size) int64, chosen by the seed of the micro-step."""
-    rows = corpus.random_rows('train', n, config.block_size + objective.extra_tokens, np.random.default_rng(seed))
+def next_batch(config, corpus, objective, seed, own, device):
+    """A Share of the iteration's sequences of the training split, (n, block_size) int64; seed: of the iteration."""
+    length = config.block_size + objective.extra_tokens
+    rows = corpus.random_rows('train', own.total, length, np.random.default_rng(seed), list(own.numbers))
     return torch.from_numpy(rows).to(device, non_blocking=True)
 
 

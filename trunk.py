@@ -1,4 +1,6 @@
 """The trunk of a finished model, for a model that has other heads: config/fit_sampler.py, and the judge's start."""
+import hashlib
+
 from checkpoint import load_model, require_generator, require_same_vocabulary
 from errors import InputError
 
@@ -30,3 +32,11 @@ def start_from(model, path, corpus):
         wanted = ' '.join(f'--{name}={value}' for name, value in shapes[0].items() if value != shapes[1][name])
         raise InputError(f'the trunk of {path!r} has another shape than this run; give {wanted}')
     copy(source, model)
+
+
+def digest(path):
+    """Of all weights of the checkpoint at path, hexadecimal: the same wherever it lies and whatever else it holds."""
+    found = hashlib.sha256()
+    for name, weight in load_model(path)[0].state_dict().items():
+        found.update(f'{name} {tuple(weight.shape)}'.encode() + weight.numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -9,7 +9,8 @@ trunk_checkpoint = 'out-char-diffusion/ckpt.pt'
 freeze_trunk = True
 dataset = 'shakespeare_char'     # the model's own
 offline_dataset = 'pydoc_char'
-block_rows = 32                  # the head learns to go on behind text
+sampler_rows, block_rows = 64, 32    # the head learns to go on behind text
+critic_interval = 1
 
 add_sampler_head = True
 start_sampler_iteration = 0

@@ -22,10 +22,10 @@ max_iters = 8000
 learning_rate = 1e-3
 muon_learning_rate = 0.02
 
-# without a GPU: a size whose three stages end within ten minutes on two cores
+# without a GPU: a size that two cores train while one has lunch
 if not torch.cuda.is_available():
     n_layer, n_head, n_embd, dropout = 4, 3, 192, 0.0
-    batch_size, sampler_rows, block_rows = 16, 16, 8
-    max_iters, eval_interval = 2000, 500
-    start_sampler_iteration, start_critic_iteration, end_critic_iteration = 200, 1500, 1700
+    batch_size, sampler_rows, block_rows = 16, 4, 4
+    max_iters, eval_interval = 3000, 1000
+    start_sampler_iteration, start_critic_iteration, end_critic_iteration = 300, 2250, 2550
     learning_rate = 3e-3

@@ -1,4 +1,5 @@
 """What the tests share: tiny models, a tiny corpus, and the scripts run as a user runs them."""
+import ast
 import contextlib
 import io
 import json
@@ -30,7 +31,7 @@ TINY = ['config/train_char_diffusion_sampler.py', '--n_layer=2', '--n_head=2', '
         '--batch_size=8', '--max_iters=12', '--start_sampler_iteration=3', '--start_critic_iteration=6',
         '--end_critic_iteration=9', '--eval_interval=6', '--log_interval=1', '--eval_rows=12', '--warmup_iters=2',
         '--device=cpu', '--dtype=float32', '--dropout=0.0', '--dataset=toy', '--sampler_context=2',
-        '--sampler_width=32', '--sampler_state=16', '--block_rows=4']
+        '--sampler_width=32', '--sampler_state=16', '--block_rows=4', '--sampler_rows=8', '--critic_interval=1']
 NO_HEADS = ['--add_sampler_head=False', '--add_critic_head=False']
 
 
@@ -134,6 +135,36 @@ def trained(trained_once, tmp_path):
 def half(half_once, tmp_path):
     """out_dir of a run stopped at iteration 6 of 12: a copy for this test alone."""
     return shutil.copytree(half_once, tmp_path / 'half')
+
+
+@pytest.fixture(scope='session')
+def models(train, trained_once, tmp_path_factory):
+    """Folder with generator/, ar/ and judge/, trained a few steps."""
+    folder = tmp_path_factory.mktemp('models')
+    (folder / 'generator').symlink_to(trained_once[0])
+    train(folder / 'ar', *NO_HEADS, '--attention_type=causal')
+    generator = f'--generator_checkpoint={folder}/generator/ckpt.pt'
+    train(folder / 'judge', *NO_HEADS, '--model_mode=sequence_scorer', generator)
+    return folder
+
+
+@pytest.fixture
+def evaluated(script, models, toy_data, tmp_path):
+    """evaluated('--seed', 1, checkpoint='ar') runs evaluate.py on tiny models -> (exit status, stdout, stderr)."""
+    def call(*args, checkpoint='generator', evaluator='ar', samples=True):
+        return script('evaluate.py', '--checkpoint', models / checkpoint / 'ckpt.pt', '--data-dir', toy_data,
+                      '--evaluator', models / evaluator / 'ckpt.pt', *['--num-samples', 4] * samples, '--dtype',
+                      'float32', '--out-dir', tmp_path, *args)
+    return call
+
+
+def imported_by(name):
+    """The modules of the repository that one of them imports, anywhere in it: 'train' -> {'checkpoint', ...}"""
+    with open(os.path.join(ROOT, f'{name}.py'), encoding='utf-8') as f:
+        nodes = list(ast.walk(ast.parse(f.read())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {found for found in names if os.path.exists(os.path.join(ROOT, f'{found}.py'))}
 
 
 def checkpoint_in(out_dir, name='ckpt.pt'):

@@ -343,9 +343,14 @@ def test_extremes_work(train, script, tmp_path, flags):
         assert status == 0 and out.count('--- sample') == 2, err
 
 
-@pytest.mark.slow
 def test_the_smallest_vocabulary(script, tmp_path):
+    """Two characters, trained in all stages and written with the head and without."""
     corpus.prepare_text('two', 'abbabaab' * 200, 'test', data_dir=str(tmp_path))
     status, _, err = script('train.py', *TINY, '--dataset=two', f'--data_dir={tmp_path}',
                             f'--out_dir={tmp_path / "out"}')
     assert status == 0, err
+    for flags in ([], ['--disable-sampler'], ['--order', 'critic'], ['--top-p', 0.5]):
+        status, out, err = script('sample_simple.py', '--out-dir', tmp_path / 'out', '--num-samples', 2,
+                                  '--no-progress', *flags)
+        assert status == 0, err
+        assert all(set(text) <= {'a', 'b'} for text in out.split('--- sample ')[1:] for text in text.split('\n')[1:2])

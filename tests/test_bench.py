@@ -45,6 +45,13 @@ class GPT(nn.Module):
 '''
 
 
+@pytest.mark.parametrize('rounds', [-5, 0])
+def test_rounds_that_cannot_be_are_one_line(script, tmp_path, rounds):
+    """-5 was an IndexError."""
+    status, _, err = script('bench.py', *SIZE, '--quick', f'--rounds={rounds}', '--out-dir', tmp_path)
+    assert status == 2 and err == f'error: --rounds is {rounds}, wanted 1 to 10000\n'
+
+
 def test_one_command_writes_every_ratio(script, tmp_path):
     (tmp_path / 'model.py').write_text(NANOGPT)
     status, out, err = script('bench.py', '--quick', '--rounds', 1, '--nanogpt', tmp_path, '--out-dir', tmp_path, *SIZE)

@@ -63,6 +63,14 @@ def test_damage_is_one_clear_line(trained, damage):
     assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
+def test_torchs_old_format_has_no_checksums_and_is_refused(trained):
+    """It loaded, whatever bytes of the weights were flipped."""
+    path = str(trained / 'ckpt.pt')
+    torch.save(checkpoint.load(path), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match='no checkpoint of this project, which is a zip file'):
+        checkpoint.load_model(path)
+
+
 def test_a_kill_while_saving_leaves_the_previous_one(tmp_path, monkeypatch):
     path = str(tmp_path / 'ckpt.pt')
     checkpoint.save(path, {'iter_num': 1})

@@ -14,7 +14,7 @@ def flags(train, trained_once, toy_data, tmp_path_factory):
     evaluator = tmp_path_factory.mktemp('ar')
     train(evaluator, *NO_HEADS, '--attention_type=causal', '--max_iters=2', '--eval_interval=2')
     return ['--checkpoint', trained_once[0] / 'ckpt.pt', '--evaluator', evaluator / 'ckpt.pt', '--data-dir', toy_data,
-            '--num-samples', 4, '--dtype', 'float32', '--no-progress']
+            '--dtype', 'float32', '--no-progress']
 
 
 def without_seconds(value):
@@ -30,7 +30,8 @@ def read(path):
 
 def test_shared_settings_equal_those_of_one_process(script, flags, tmp_path):
     """Real text, bound and three of six settings are gone from the file: two processes measure them, and no others."""
-    flags = [*flags, '--passes', 2, '--decoders', 'naive-random,wavefront', '--temperatures', '0.8,1']
+    flags = [*flags, '--num-samples', 4, '--passes', 2, '--decoders', 'naive-random,wavefront', '--temperatures',
+             '0.8,1']
     one, two = tmp_path / 'one', tmp_path / 'two'
     status, printed, err = script('evaluate.py', *flags, '--out-dir', one)
     assert not status, err
@@ -65,8 +66,8 @@ def test_shared_plans_equal_those_of_one_process(script, flags, tmp_path):
 def test_a_signal_to_one_process_keeps_what_all_have_measured(flags, tmp_path):
     """Both end their setting, the first writes the two, and both leave with the signal's status."""
     temperatures = ','.join(f'{0.5 + i / 100:g}' for i in range(100))
-    started = start_both('evaluate.py', *flags, '--passes', 2, '--decoders', 'naive-random', '--out-dir', tmp_path,
-                         '--temperatures', temperatures)
+    started = start_both('evaluate.py', *flags, '--num-samples', 4, '--passes', 2, '--decoders', 'naive-random',
+                         '--out-dir', tmp_path, '--temperatures', temperatures)
     path, end = tmp_path / 'evaluation.json', time.time() + 60
     while not path.exists() or not read(path)['settings']:
         assert time.time() < end

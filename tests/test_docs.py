@@ -100,7 +100,8 @@ def run_here(folder, script, args):
         more = ['--iterations', 2, '--num-samples', 2, '--no-progress']
         more += ['--sequence-length', 64] if '--sequence-length' in args else []
     elif script == 'evaluate.py':
-        more = ['--num-samples', 2, '--passes', 2, '--temperatures', 1, '--data-dir', folder / 'data', '--overwrite']
+        more = ['--passes', 2, '--data-dir', folder / 'data', '--overwrite']
+        more += [] if '--likelihood' in args else ['--num-samples', 2, '--temperatures', 1]
     elif script == 'bench.py':
         if '--nanogpt' in args:    # which is not here
             args = args[:args.index('--nanogpt')] + args[args.index('--nanogpt') + 2:]

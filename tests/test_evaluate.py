@@ -277,31 +277,10 @@ def test_no_claim_without_real_diversity():
 # -----------------------------------------------------------------------------
 # by command line
 
-@pytest.fixture(scope='module')
-def models(train, trained_once, tmp_path_factory):
-    """Folder with generator/, ar/ and judge/, trained a few steps."""
-    folder = tmp_path_factory.mktemp('models')
-    (folder / 'generator').symlink_to(trained_once[0])
-    train(folder / 'ar', *NO_HEADS, '--attention_type=causal')
-    generator = f'--generator_checkpoint={folder}/generator/ckpt.pt'
-    train(folder / 'judge', *NO_HEADS, '--model_mode=sequence_scorer', generator)
-    return folder
-
-
-@pytest.fixture
-def call(script, models, toy_data, tmp_path):
-    """call('--seed', 1, checkpoint='ar') runs evaluate.py on tiny models -> (exit status, stdout, stderr)."""
-    def call(*args, checkpoint='generator', evaluator='ar'):
-        return script('evaluate.py', '--checkpoint', models / checkpoint / 'ckpt.pt', '--data-dir', toy_data,
-                      '--evaluator', models / evaluator / 'ckpt.pt', '--num-samples', 4, '--dtype', 'float32',
-                      '--out-dir', tmp_path, *args)
-    return call
-
-
-def test_a_table_two_figures_and_a_file(call, models, tmp_path):
+def test_a_table_two_figures_and_a_file(evaluated, models, tmp_path):
     flags = ['--passes', '1,2', '--decoders', 'naive-random,wavefront', '--temperatures', '0.8,1',
              '--judge', models / 'judge' / 'ckpt.pt']
-    status, out, err = call(*flags)
+    status, out, err = evaluated(*flags)
     assert status == 0, err
     assert re.search(r'validation NELBO \d\.\d+ ±\d\.\d+ nats per token, \d\.\d+ ±\d\.\d+ bits per character', out)
     for name in ('real text |', 'wavefront, 2 forward passes', 'ar_baseline, 31 forward passes |'):
@@ -323,35 +302,22 @@ def test_a_table_two_figures_and_a_file(call, models, tmp_path):
     for setting in result['settings'].values():
         setting['seconds_batch'] = 123.0
     (tmp_path / 'evaluation.json').write_text(json.dumps(result))
-    assert call(*flags)[0] == 0
+    assert evaluated(*flags)[0] == 0
     again = json.loads((tmp_path / 'evaluation.json').read_text())['settings']
     assert [key for key, setting in again.items() if setting['seconds_batch'] != 123.0] == [gone]
 
     # results of another seed, or of other code, are not replaced unless that is asked for
     before = (tmp_path / 'evaluation.json').read_bytes()
-    status, _, err = call(*flags, '--seed', 7)
+    status, _, err = evaluated(*flags, '--seed', 7)
     assert status == 2 and err.count('\n') == 1 and '--overwrite' in err
     assert 'seed 1337, now 7' in err and 'code' not in err
     result['identity']['code'] = 'another'
     (tmp_path / 'evaluation.json').write_text(json.dumps(result))
-    status, _, err = call(*flags)
+    status, _, err = evaluated(*flags)
     assert status == 2 and 'code another, now' in err and 'seed' not in err
     (tmp_path / 'evaluation.json').write_bytes(before)
-    assert call('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--seed', 7, '--overwrite')[0] == 0
+    assert evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--seed', 7, '--overwrite')[0] == 0
     assert json.loads((tmp_path / 'evaluation.json').read_text())['identity']['seed'] == 7
-
-
-def test_results_that_cannot_be_read_are_not_replaced(call, tmp_path):
-    (tmp_path / 'evaluation.json').write_text('{"half')
-    status, _, err = call('--passes', 1, '--decoders', 'wavefront')
-    assert status == 2 and 'cannot be read as results' in err and (tmp_path / 'evaluation.json').read_text() == '{"half'
-
-
-def test_code_version_moves_with_the_code(monkeypatch):
-    version = evaluate.code_version()
-    assert version == evaluate.code_version()
-    monkeypatch.setattr(evaluate, 'SOURCES', evaluate.SOURCES[1:])
-    assert version != evaluate.code_version()
 
 
 @pytest.mark.parametrize('flags, models_of, message', [
@@ -362,26 +328,50 @@ def test_code_version_moves_with_the_code(monkeypatch):
     (['--temperatures', '0.8,-1'], {}, "'0.8,-1'"), (['--temperatures', 'nan'], {}, "'nan'"),
     ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
     ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'), (['--judge', 'nowhere.pt'], {}, 'no checkpoint')])
-def test_bad_input(call, flags, models_of, message):
-    status, _, err = call(*flags, **models_of)
+def test_bad_input(evaluated, flags, models_of, message):
+    status, _, err = evaluated(*flags, **models_of)
     assert status == 2 and message in err and err.count('\n') == 1
 
 
-def test_a_head_that_is_missing(call, models, train):
+def test_a_head_that_is_missing(evaluated, models, train):
     if not (models / 'plain').exists():
         train(models / 'plain', *NO_HEADS)
-    status, _, err = call('--decoders', 'wavefront', checkpoint='plain')
+    status, _, err = evaluated('--decoders', 'wavefront', checkpoint='plain')
     assert status == 2 and 'no sampler head, which --decoders wavefront needs' in err
     args = SimpleNamespace(decoders=tuple(recipes.RECIPES), named=False)
     plain = SimpleNamespace(sampler_head=None, critic_head=None)
     assert all(name.startswith('naive') for name in evaluate.usable_decoders(args, plain))
 
 
-def test_another_vocabulary_is_refused(call, models, script, tmp_path):
+def test_heads_that_have_not_learned_are_said(evaluated, models, half_once):
+    """Random heads were measured without a word."""
+    if not (models / 'half').exists():
+        (models / 'half').symlink_to(half_once)
+    status, out, _ = evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, checkpoint='half')
+    assert status == 0 and out.count('note: the critic head had not begun to learn') == 1 and out.count('note:') == 1
+    status, out, _ = evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--overwrite')
+    assert status == 0 and 'note:' not in out
+
+
+def test_float64_is_what_it_says(evaluated, tmp_path, monkeypatch):
+    """It once was float32, recorded as float64."""
+    dtypes, plain = set(), evaluate.decoding.generate
+
+    def generate(model, *args, **more):
+        dtypes.update({p.dtype for p in model.parameters()} | {model(args[0]).dtype})
+        return plain(model, *args, **more)
+    monkeypatch.setattr(evaluate.decoding, 'generate', generate)
+    status, out, err = evaluated('--passes', 1, '--decoders', 'wavefront', '--temperatures', 1, '--dtype', 'float64')
+    assert status == 0 and 'cpu, float64' in out, err
+    assert json.loads((tmp_path / 'evaluation.json').read_text())['identity']['dtype'] == 'float64'
+    assert dtypes == {torch.float64}
+
+
+def test_another_vocabulary_is_refused(evaluated, models, script, tmp_path):
     saved = torch.load(models / 'ar' / 'ckpt.pt', weights_only=True)
     saved['corpus'] = saved['corpus'] | {'name': 'other', 'chars': saved['corpus']['chars'][::-1]}
     torch.save(saved, tmp_path / 'ckpt.pt')
-    status, _, err = call('--evaluator', tmp_path / 'ckpt.pt')
+    status, _, err = evaluated('--evaluator', tmp_path / 'ckpt.pt')
     assert status == 2 and "'other', whose vocabulary" in err
     status, _, err = script('sample_simple.py', '--out-dir', models / 'generator', '--quality-metric', 'judge',
                             '--judge-checkpoint-name', tmp_path / 'ckpt.pt')

@@ -63,6 +63,32 @@ def test_a_second_run_in_the_same_folder_is_refused(train, refused, tmp_path):
         pass
 
 
+def test_a_system_without_locks_opens_no_folder(tmp_path, monkeypatch):
+    """Windows has none, and no handle of a folder either."""
+    monkeypatch.setattr(files, 'fcntl', None)
+    monkeypatch.setattr(files, 'opened_folder', lambda path: pytest.fail('opened'))
+    with files.locked(str(tmp_path / 'out')):
+        (tmp_path / 'out' / 'file').write_text('kept')
+    assert contents_of(tmp_path / 'out') == {'file': b'kept'}
+
+
+def test_the_checkpoint_is_looked_at_under_the_lock(train, refused, half, tmp_path, monkeypatch):
+    """Another run could end between the two and be overwritten. A folder made for a refused run goes again."""
+    looked, plain = [], checkpoint.open_for_run
+
+    def look_up(config, meta):
+        with pytest.raises(InputError, match='another run is writing'), files.locked(config.out_dir):
+            pass
+        looked.append(config.init_from)
+        return plain(config, meta)
+    monkeypatch.setattr(checkpoint, 'open_for_run', look_up)
+    refused(tmp_path / 'nothing', '--init_from=resume')
+    assert not (tmp_path / 'nothing').exists()
+    train(half, '--init_from=resume', '--dropout=0.1')
+    train(tmp_path / 'new', *NO_HEADS, '--max_iters=1')
+    assert looked == ['resume', 'resume', 'scratch']
+
+
 @pytest.fixture
 def disk(monkeypatch):
     """disk(n): the disk is full while the next n checkpoints are saved."""

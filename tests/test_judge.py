@@ -156,6 +156,27 @@ def test_both_configs_write_what_they_say(judges):
     assert saved['ar.pt']['model_args']['attention_type'] == 'causal'
 
 
+def test_a_judge_goes_on_with_its_generator_and_batch_alone(script, judges, toy_data, tmp_path):
+    """Another generator at the same path went unnoticed; the same one elsewhere is the same."""
+    shutil.copytree(judges, tmp_path, dirs_exist_ok=True)
+    shutil.copy(judges / 'ckpt.pt', tmp_path / 'moved.pt')
+    tiny = [arg for arg in TINY[1:] if not arg.startswith(('--start_', '--end_', '--sampler_'))]
+
+    def resume(generator, *args):
+        status, _, err = script('train.py', 'config/train_judge.py', *tiny, f'--data_dir={toy_data}',
+                                f'--out_dir={tmp_path}', f'--generator_checkpoint={tmp_path / generator}',
+                                '--init_from=resume', '--max_iters=14', *args)
+        return status, err
+    status, err = resume('ckpt.pt', '--batch_size=4')
+    assert status == 2 and 'batch_size 8, this run 4' in err
+    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    saved['model']['wte.weight'][0, 0] += 1
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    status, err = resume('ckpt.pt')
+    assert status == 2 and 'has generator_weights ' in err and '--overwrite=True' in err and err.count('\n') == 1
+    assert resume('moved.pt') == (0, '')
+
+
 def test_the_judges_config_leads_to_the_guides_command():
     """`--judge-checkpoint-name judge_model.pt` is looked up in the default --out-dir: the config writes it there."""
     settings = read_file(f'{ROOT}/config/train_judge.py')
@@ -171,6 +192,15 @@ def test_both_kinds_of_judge(script, judges, name, meaning):
                               '--judge-checkpoint-name', name)
     assert status == 0, err
     assert re.search(meaning, out) and len(re.findall(r'--- sample \d, quality \d', out)) == 3
+
+
+def test_a_causal_judge_needs_a_second_token(script, judges):
+    """It was a convolution on empty input; a scorer judges one token as well."""
+    flags = ['sample_simple.py', '--out-dir', judges, '--sequence-length', 1, '--no-progress', '--num-samples', 2]
+    status, _, err = script(*flags, '--judge-checkpoint-name', 'ar.pt')
+    assert status == 2 and err.startswith('error: --sequence-length is 1, and a causal judge') and err.count('\n') == 1
+    status, out, err = script(*flags, '--judge-checkpoint-name', 'judge_model.pt')
+    assert status == 0 and out.count('quality 0.') >= 2, err
 
 
 def test_what_cannot_judge(script, judges):

@@ -1,10 +1,12 @@
 """Resuming: the same run where nothing is changed, what the settings say where something is, else one line."""
 import json
+import os
 import re
 
 import pytest
 import torch
 
+import metrics_log
 from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in, same_weights
 from corpus import Corpus, prepare_text
 
@@ -28,6 +30,16 @@ def test_resumed_equals_never_interrupted(train, half, tmp_path):
     assert figures(tmp_path / 'whole') == figures(half)
 
 
+def test_resumed_equals_never_interrupted_with_micro_steps(train, tmp_path):
+    """Three micro-steps an iteration, each with noise of its own: bit for bit, across the border of stage 3."""
+    flags = ['--gradient_accumulation_steps=3', '--batch_size=4', '--dropout=0.1']
+    train(tmp_path / 'whole', *flags)
+    train(tmp_path / 'parts', *flags, '--max_iters=5', '--start_critic_iteration=5', '--lr_decay_iters=12')
+    train(tmp_path / 'parts', *flags, '--init_from=resume')
+    whole, parts = (checkpoint_in(tmp_path / name) for name in ('whole', 'parts'))
+    assert same_weights(whole['model'], parts['model']) and flat(whole['optimizer']) == flat(parts['optimizer'])
+
+
 def test_metrics_hold_every_iteration_once_after_a_resume(train, half):
     """A killed run leaves entries beyond its checkpoint and a torn line: those iterations were written twice."""
     before = metrics_in(half)
@@ -41,6 +53,21 @@ def test_metrics_hold_every_iteration_once_after_a_resume(train, half):
     assert len(set(keys)) == len(keys) and entries[:len(before)] == before
     assert sorted(it for it, split in keys if split is None) == list(range(12))
     assert all(entry.get('loss') != 99.0 for entry in entries)
+
+
+@pytest.mark.parametrize('kind, message', [('folder', 'no file'), ('pipe', 'no file'), ('locked', 'Permission denied')])
+def test_metrics_that_cannot_be_read_are_one_line(half, refused, kind, message, monkeypatch):
+    """They were a traceback, or a wait for ever."""
+    path = half / 'metrics.jsonl'
+    if kind == 'locked':    # chmod hinders no root
+        def no_open(name, *args, **more):
+            raise PermissionError(13, 'Permission denied', name)
+        monkeypatch.setattr(metrics_log, 'open', no_open, raising=False)
+    else:
+        path.unlink()
+        (os.mkdir if kind == 'folder' else os.mkfifo)(path)
+    err = refused(half, *RESUME)
+    assert 'metrics.jsonl' in err and message in err
 
 
 # -----------------------------------------------------------------------------
@@ -72,7 +99,7 @@ def test_a_head_that_has_not_begun_begins_where_it_is_told(train, half, tmp_path
     changed = [f'--start_critic_iteration={start}', '--end_critic_iteration=11']
     train(tmp_path / 'whole', '--dropout=0.1', *changed)
     out = train(half, *RESUME, *changed)
-    assert re.search(rf'^iter {start - 1}: loss \S+ \(main \S+ sampler [^,]*\)', out, re.M)
+    assert re.search(rf'^iter {start - 1}: loss \S+ \(main \S+ blocks \S+ sampler [^,]*\)', out, re.M)
     assert re.search(rf'^iter {start}: loss .* critic ', out, re.M)
     whole, parts = checkpoint_in(tmp_path / 'whole'), checkpoint_in(half)
     assert parts['start_iter'] == whole['start_iter'] == {'trunk': 0, 'sampler': 3, 'critic': start}
@@ -102,9 +129,9 @@ def test_a_head_told_to_begin_in_the_past_begins_now(train, half):
     """It warms up from here, and the weight of its loss rises from here."""
     out = train(half, *RESUME, '--start_critic_iteration=4')
     assert checkpoint_in(half)['start_iter']['critic'] == 6
-    total, main, sampler, _ = map(float, re.search(
-        r'^iter 6: loss (\S+) \(main (\S+), sampler (\S+), critic (\S+)\)', out, re.M).groups())
-    assert total == pytest.approx(main + sampler, abs=2e-4), 'weight 0 at first'
+    total, *others, _ = map(float, re.search(
+        r'^iter 6: loss (\S+) \(main (\S+), blocks (\S+), sampler (\S+), critic (\S+)\)', out, re.M).groups())
+    assert total == pytest.approx(sum(others), abs=2e-4), 'weight 0 at first'
 
 
 def test_new_optimizer_settings_are_honoured(train, half):

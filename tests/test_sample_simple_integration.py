@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import sample_simple
 from conftest import NO_HEADS, TINY
 
 
@@ -57,6 +58,14 @@ def test_sequences_do_not_depend_on_the_batch(sample):
 def test_prefix_stays_at_the_front(sample):
     texts = samples(sample('--seed-text', 'the mat', '--num-samples', 3, '--iterations', 2))
     assert len(texts) == 3 and all(t.startswith('the mat') for t in texts)
+
+
+def test_a_seed_text_that_fills_the_sequence_is_said(sample):
+    """It once generated nothing, "mean quality 1.000"."""
+    out = sample('--seed-text', 'the cat', '--sequence-length', 7)
+    assert 'note: --seed-text fills the sequence, nothing is left to generate' in out and 'quality' not in out
+    assert samples(out) == ['the cat'] * 4
+    assert 'nothing is left' not in sample('--seed-text', 'the cat', '--sequence-length', 8, '--num-samples', 1)
 
 
 @pytest.mark.parametrize('flags', [
@@ -127,6 +136,40 @@ def test_plain_lines_where_there_is_no_terminal(script, trained_once):
 def test_bad_input_is_one_line(sample, flags, message):
     err = sample(*flags, status=2)
     assert re.search(message, err) and err.count('\n') == 1 and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('flags, message', [
+    ('--schedule-mode threshold --end-ratio 0.1', 'goes by --threshold'),
+    ('--masking-ratios 0.5 --start-ratio 0.9', 'beside --masking-ratios'),
+    ('--corrections 2 --disable-sampler', 'with --disable-sampler'),
+    ('--correction-ratio 0.5', 'without --corrections'),
+    ('--order random --randomness-strength 2', 'with --order random'),
+    ('--end-temperature 0.5 --iterations 1', '--end-temperature with one iteration'),
+    ('--no-revise --iterations 1', 'nothing is revised'), ('--start-ratio 0.5 --iterations 1', 'nothing is revised'),
+    ('--blank %', 'without --template'), ('--seed-placement random', 'without --seed-text')])
+def test_flags_that_would_be_ignored_are_named(sample, flags, message):
+    err = sample(*flags.split(), status=2)
+    assert err.startswith('error: found --') or 'one iteration' in err
+    assert message in err and err.count('\n') == 1
+
+
+def test_corrections_need_a_head(script, train, tmp_path):
+    train(tmp_path, *NO_HEADS, '--max_iters=1')
+    status, _, err = script('sample_simple.py', '--out-dir', tmp_path, '--corrections', 2)
+    assert status == 2 and 'no sampler head, which --corrections needs' in err
+
+
+@pytest.mark.parametrize('flags', [
+    '--num-samples 16 --sequence-length 1024 --iterations 15', '--num-samples 16 --save sampler_enabled.json',
+    '--num-samples 16 --save sampler_disabled.json --disable-sampler',
+    '--num-samples 16 --sequence-length 1024 --iterations 15 --temperature 0.8 --top-p 0.95 --schedule-mode ratio '
+    '--start-ratio 0.95 --end-ratio 0.05 --seed-text words --seed-placement random --quality-metric judge '
+    '--judge-checkpoint-name judge_model.pt --save output.json --verbose'])
+def test_the_guides_flags_go_together(flags):
+    """Those of its four commands, as it writes them."""
+    args = sample_simple.parser().parse_args(f'--out-dir out-char-diffusion --checkpoint-name ckpt.pt {flags}'.split())
+    sample_simple.check(args)
+    assert (args.blank, args.correction_ratio, args.iterations) == ('_', 0.6, 15)
 
 
 @pytest.mark.parametrize('flags', [['--order', 'sideways'], ['--iterations', 'many'], ['--no-such-flag']])

@@ -28,6 +28,7 @@ def test_plain_examples_are_the_masked_positions():
         assert torch.equal(examples.targets, batch.targets) and torch.equal(examples.hidden, batch.hidden[batch.mask])
         assert examples.around.shape == (8 * 12, 4) and not examples.hidden.requires_grad
         assert len(examples.text) == 0 and (examples.state_of == -1).all() and (examples.last == 0).all()
+        assert examples.total == len(examples.targets)
 
 
 @pytest.mark.parametrize('B, n_sequences', [(8, 16), (8, 8), (8, 4), (12, 8), (16, 8)])
@@ -73,7 +74,7 @@ def test_blank_sequences_follow_sampler_rows(B, n_sequences, n_chosen, n_blank, 
     for seed in range(12):
         examples = examples_of(model, batch, n_sequences, seed)
         sizes = n_chosen * 12, n_blank * 24, n_read * 23
-        assert len(examples.targets) == sum(sizes)
+        assert len(examples.targets) == examples.total == sum(sizes)
         _, blank_hidden, read_hidden = examples.hidden.split(sizes)
         torch.testing.assert_close(blank_hidden, hidden.repeat(n_blank, 1))
         torch.testing.assert_close(read_hidden, hidden[1:].repeat(n_read, 1))
@@ -99,35 +100,39 @@ def test_each_example_has_the_state_of_its_own_position(given):
     n = 2 * 12 + 24
     assert (examples.state_of[:n] == -1).all() and (examples.last[:n] == 0).all()
     at = examples.state_of[n:]
-    assert (at >= 0).all() and (at % 24 > 0).all() and len(at.unique()) == len(at)
+    assert (at >= 0).all() and (at % 24 > 0).all()
+    assert len(at.unique()) == len(at) - (3 * len(blocks.positions) if given else 0), 'twice in a block'
     assert torch.equal(examples.text.flatten()[at], examples.targets[n:])
-    for place, around in zip(at.tolist(), examples.around[n:].tolist()):
-        row, i = divmod(place, 24)
+    for position, around in zip(at.tolist(), examples.around[n:].tolist()):
+        row, i = divmod(position, 24)
         left = [examples.text[row, j].item() if j >= 0 else model.mask_id for j in (i - 2, i - 1)]
         assert around == left + [model.mask_id] * 2
 
 
 def test_blocks_are_learned_from_as_well():
-    """All positions of them but the first of each, with the view and last state of the pass that read them.
-
-    Everything else stays as it is without blocks.
+    """The head reads their text first, and sees every position twice: with the view of a blank sequence and, in the
+    block, all but its first with the view and last state of the pass that read it. Other sequences make up the number.
     """
     model = tiny_model()
     batch = tiny_batch(model)
-    for seed in range(8):
+    sizes, read = set(), set()
+    for seed in range(24):
         with torch.no_grad():
             blocks, _ = diffusion.forward_blocks(model, model, batch.x0[:3], generator(seed))
-        without, examples = (examples_of(model, batch, 4, 0, blocks=given) for given in (None, blocks))
-        n, M = len(without.targets), len(blocks.positions)
-        assert len(examples.targets) == n + 3 * M and M in (10, 8)    # 2 blocks of 6 or 4 of 3
-        for name in ('hidden', 'targets', 'around', 'last'):
-            assert torch.equal(getattr(examples, name)[:n], getattr(without, name))
-        assert torch.equal(examples.text, torch.cat((without.text, batch.x0[:3])))
-        assert torch.equal(examples.targets[n:], batch.x0[:3, blocks.positions].flatten())
-        assert torch.equal(examples.hidden[n:], blocks.hidden.flatten(0, 1))
-        assert torch.equal(examples.last[n:], blocks.last.flatten(0, 1)) and (examples.last[n:] != 0).any()
-        rows = (examples.state_of[n:] // 24).view(3, M)
-        assert torch.equal(rows, torch.tensor([[4], [5], [6]]).expand(3, M)), 'after the four that are read whole'
+        blocks.x0 = (blocks.x0 + 1) % 11    # none of the batch's
+        examples = examples_of(model, batch, 4, seed, blocks=blocks)
+        M = len(blocks.positions)
+        sizes.add(M)
+        n, rows = 2 * 12 + 24, 23 + M    # of the wavefront, before; for each sequence that is read in blocks
+        assert len(examples.targets) == examples.total == n + 3 * rows + 23
+        shown = lambda name: getattr(examples, name)[n:n + 3 * rows].unflatten(0, (3, rows))
+        assert torch.equal(examples.text[:3], blocks.x0) and len(examples.text) == 4
+        assert torch.equal(shown('targets'), torch.cat((blocks.x0[:, 1:], blocks.x0[:, blocks.positions]), 1))
+        assert torch.equal(shown('hidden')[:, 23:], blocks.hidden) and torch.equal(shown('last')[:, 23:], blocks.last)
+        assert (shown('last')[:, :23] == 0).all() and torch.equal(shown('hidden')[0, :23], shown('hidden')[1, :23])
+        assert torch.equal(shown('state_of') // 24, torch.arange(3)[:, None].expand(3, rows))
+        read.add((batch.x0 == examples.text[3]).all(1).nonzero().item())
+    assert sizes == {5, 2, 0} and len(read) > 4
 
 
 def decoded_from_blank(model, B, dtype=None):

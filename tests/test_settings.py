@@ -8,8 +8,11 @@ import pytest
 import memory
 import settings
 import train
+from configurator import configure
+from conftest import TINY
 from errors import InputError
 from model import GPT, GPTConfig
+from schedules import lr_factor
 
 
 def test_every_number_has_a_range_and_every_default_lies_in_it():
@@ -51,6 +54,29 @@ def test_contradictions_and_sizes_are_one_line(train, refused, tmp_path, flags, 
         train(tmp_path, *flags)
         return
     assert re.search(named, refused(tmp_path, *flags)) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flags, named', [
+    (['--lr_decay_iters=8'], 'the critic head begins at iteration 6'), (['--lr_decay_iters=9'], ''),
+    (['--lr_decay_iters=4', '--final_lr_ratio=0.1'], ''), (['--lr_decay_iters=4'], 'the sampler head begins at'),
+    (['--learning_rate=0', '--muon_learning_rate=0'], 'train nothing'), (['--learning_rate=0'], '')])
+def test_a_part_that_would_never_learn_is_named(flags, named):
+    """A head that begins as the decay ends learned at a rising rate, then at 0 to the end."""
+    config = SimpleNamespace(**configure(train.settings, [*TINY, *flags]))
+    if named:
+        with pytest.raises(InputError, match=named):
+            settings.check(config)
+    else:
+        settings.check(config)
+        its = range(config.start_critic_iteration, config.max_iters)
+        rates = [lr_factor(config, it, config.start_critic_iteration) for it in its]
+        assert sum(a > b for a, b in zip(rates, rates[1:])) > 0 and max(rates) > 0.5, 'it decays, from a height'
+
+
+def test_a_resumed_run_whose_learning_has_ended_is_named(half, refused):
+    assert 'goes on from iteration 6: nothing would train' in refused(half, '--init_from=resume', '--lr_decay_iters=6')
+    assert 'the critic head begins at iteration 7' in refused(
+        half, '--init_from=resume', '--lr_decay_iters=9', '--start_critic_iteration=7')
 
 
 def test_wandb_that_is_not_there_and_devices_that_are_not(refused, tmp_path, monkeypatch):

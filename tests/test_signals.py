@@ -10,6 +10,11 @@ import time
 
 import pytest
 
+if os.name != 'posix':
+    pytest.skip('needs signals that a process can send itself, and terminals', allow_module_level=True)
+
+import pty
+
 import objectives
 import signals
 from conftest import NO_HEADS, ROOT, TINY, checkpoint_in, metrics_in, same_weights
@@ -17,10 +22,12 @@ from model import GPT
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    """Those of a fresh process, whoever runs the tests; as they were afterwards."""
+def handlers(monkeypatch):
+    """Those of a fresh process, whoever runs the tests; as they were afterwards, and the streams too."""
     fresh = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in fresh.items()}
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
+    monkeypatch.setattr(sys, 'stderr', sys.stderr)
     yield fresh
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -58,6 +65,74 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(script, trained_once, toy_d
     assert figures(tmp_path) == figures(trained_once[0])
     assert signal.getsignal(number) == handlers[number], 'as before'
 
+
+# -----------------------------------------------------------------------------
+# nobody is there to read
+
+LONG = ['--max_iters=100000', '--start_critic_iteration=6', '--end_critic_iteration=9', '--save_interval=0',
+        '--eval_interval=100000']
+
+
+def command(toy_data, out_dir):
+    return [sys.executable, 'train.py', *TINY, *LONG, f'--data_dir={toy_data}', f'--out_dir={out_dir}']
+
+
+def test_a_closed_terminal_loses_no_run(toy_data, tmp_path):
+    """Its SIGHUP came with a terminal that nobody can write to: the handler's own line ended the run unsaved."""
+    master, slave = pty.openpty()
+    run = subprocess.Popen(command(toy_data, tmp_path), cwd=ROOT, stdout=slave, stderr=slave, stdin=slave,
+                           start_new_session=True)
+    os.close(slave)
+    read = b''
+    while b'iter 3: loss' not in read:
+        read += os.read(master, 4096)
+    os.close(master)
+    time.sleep(0.3)    # lines that nobody reads
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(60) == 129 and checkpoint_in(tmp_path)['iter_num'] > 3
+
+
+def through_a_pipe(toy_data, tmp_path, reader):
+    """A run whose stdout and stderr the shell command reader reads, in a process group of their own."""
+    line = f'trap : INT; {shlex.join(command(toy_data, tmp_path / "out"))} 2>&1 | {reader} > {tmp_path / "log"}; ' \
+           f'exit ${{PIPESTATUS[0]}}'
+    return subprocess.Popen(['bash', '-c', line], cwd=ROOT, start_new_session=True)
+
+
+def test_a_reader_that_the_same_signal_ends_loses_no_run(toy_data, tmp_path):
+    """`python train.py 2>&1 | tee log` and Ctrl-C, which goes to both: BrokenPipe ended the run unsaved."""
+    run = through_a_pipe(toy_data, tmp_path, 'cat')
+    while 'iter 3: loss' not in ((tmp_path / 'log').read_text() if (tmp_path / 'log').exists() else ''):
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(60) == 130 and checkpoint_in(tmp_path / 'out')['iter_num'] > 3
+
+
+def test_a_reader_that_has_seen_enough_ends_a_run_saved(toy_data, tmp_path):
+    """No signal comes: the broken pipe itself is one."""
+    run = through_a_pipe(toy_data, tmp_path, 'grep -m1 "iter 3: loss"')
+    assert run.wait(120) == 141 and checkpoint_in(tmp_path / 'out')['iter_num'] > 3
+
+
+def test_a_reader_that_takes_a_few_lines_hears_nothing_else():
+    """`sample_simple.py --help | head -3` and the like: no traceback behind the lines."""
+    done = subprocess.run(['bash', '-c', f'{sys.executable} sample_simple.py --checkpoint-name tiny_shakespeare.pt '
+                           '--out-dir pretrained --num-samples 8 --no-progress | head -3; exit ${PIPESTATUS[0]}'],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count('\n') == 3 and done.stderr == '' and done.returncode == 141
+
+
+def test_streams_are_as_before_where_no_signal_came():
+    before = sys.stdout, sys.stderr
+    with signals.noted():
+        assert sys.stdout is not before[0]
+        print('seen')
+    assert (sys.stdout, sys.stderr) == before
+
+
+# -----------------------------------------------------------------------------
+# what else a signal does
 
 def test_a_signal_in_the_last_iteration_changes_nothing(script, toy_data, tmp_path, monkeypatch):
     """The run is at its end: it evaluates and saves as ever."""
@@ -147,7 +222,10 @@ def test_twenty_kills_change_nothing(toy_data, tmp_path):
         assert run.returncode == -signal.SIGKILL, line + printed
     last = start('killed')
     assert 'iter 300: val' in last.communicate()[0] and not last.returncode
-    assert same_weights(checkpoint_in(tmp_path / 'killed')['model'], checkpoint_in(tmp_path / 'whole')['model'])
+    for name in ('ckpt.pt', 'ckpt_best.pt'):
+        killed, kept = (checkpoint_in(tmp_path / folder, name) for folder in ('killed', 'whole'))
+        assert same_weights(killed['model'], kept['model']) and killed['iter_num'] == kept['iter_num']
+        assert killed['best_val_loss'] == kept['best_val_loss']
     assert {p.name for p in (tmp_path / 'killed').iterdir()} == {p.name for p in (tmp_path / 'whole').iterdir()}
 
     def figures(name):

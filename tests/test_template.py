@@ -84,8 +84,9 @@ def test_every_sample_keeps_the_text_and_fills_the_blanks(script, trained_once, 
 @pytest.mark.parametrize('flags, message', [
     (['--template', 'a_', '--seed-text', 'the'], '--template goes neither'),
     (['--template', 'a_', '--seed-placement', 'random'], '--template goes neither'),
-    (['--template', 'the _at XZ'], "'XZ' is not in the vocabulary"), (['--blank', 'ab'], "--blank is 'ab'"),
-    (['--plan', 'blocks', '--seed-text', 'a', '--seed-placement', 'random'], '--plan blocks needs the same places')])
+    (['--template', 'the _at XZ'], "'XZ' is not in the vocabulary"),
+    (['--template', 'a_', '--blank', 'ab'], "--blank is 'ab'"),
+    (['--plan', 'blocks', '--seed-text', 'a', '--seed-placement', 'random'], '--plan blocks needs the same positions')])
 def test_bad_templates_are_one_line(script, trained_once, flags, message):
     status, _, err = script('sample_simple.py', '--out-dir', trained_once[0], '--no-progress', *flags)
     assert status == 2 and message in err and err.count('\n') == 1

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import diffusion
 import objectives
+from batches import Share
 from conftest import NO_HEADS, TINY, checkpoint_in, contents_of, metrics_in, same_weights
 
 
@@ -34,9 +34,8 @@ def test_three_stages_as_the_guide_prints_them(trained_once):
 def test_the_loss_is_the_weighted_sum_of_its_parts(train, tmp_path):
     out = train(tmp_path, '--critic_alpha=0.5', '--end_critic_iteration=8')
     number = r'(\d+\.\d{4})'
-    for it, weights in ((2, {'main': 1}), (3, {'main': 1, 'sampler': 1}), (6, {'main': 1, 'sampler': 1, 'critic': 0}),
-                        (7, {'main': 1, 'sampler': 1, 'critic': 0.25}), (8, {'main': 1, 'sampler': 1, 'critic': 0.5}),
-                        (11, {'main': 1, 'sampler': 1, 'critic': 0.5})):
+    for it, critic in ((2, None), (3, None), (6, 0), (7, 0.25), (8, 0.5), (11, 0.5)):
+        weights = {'main': 1, 'blocks': 1} | ({'sampler': 1} if it > 2 else {}) | ({'critic': critic} if it > 5 else {})
         parts = ', '.join(f'{name} {number}' for name in weights)
         found = re.search(rf'^iter {it}: loss {number} \({parts}\), time \d+\.\d\dms', out, re.M)
         total, *values = map(float, found.groups())
@@ -108,72 +107,57 @@ def test_eval_only_leaves_no_trace(train, trained, tmp_path):
 # -----------------------------------------------------------------------------
 # noise
 
-def noise_of_a_run(train, out_dir, *args):
-    """[(seed of the blocks, of the batch, of the sampler's examples, of the critic's decoder)] for every micro-step of
-    stage 3.
-    """
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        head_losses, examples, config = diffusion.head_losses, diffusion.sampler_examples, diffusion.default_config
-        forward_blocks = diffusion.forward_blocks
-        patch.setattr(diffusion, 'forward_blocks', lambda trunk, model, x0, generator: found.append(
-            [generator.initial_seed()]) or forward_blocks(trunk, model, x0, generator))
-        patch.setattr(diffusion, 'head_losses', lambda model, batch, seed, *rest, **blocks: found[-1].append(
-            seed) or head_losses(model, batch, seed, *rest, **blocks))
-        patch.setattr(diffusion, 'sampler_examples', lambda model, batch, blocks, n, generator, augment: found[
-            -1].append(generator.initial_seed()) or examples(model, batch, blocks, n, generator, augment))
-        patch.setattr(diffusion, 'default_config', lambda *args, seed, **kw: found[-1].append(seed) or config(
-            *args, seed=seed, **kw))
-        train(out_dir, '--max_iters=3', '--start_sampler_iteration=0', '--start_critic_iteration=0',
-              '--eval_interval=100', '--eval_only=False', *args)
-    return [tuple(seeds) for seeds in found if len(seeds) == 4]
-
-
-def without_messages(monkeypatch):
-    """Of several processes the one whose RANK is set runs, and hears of no other."""
-    for name in ('init_process_group', 'barrier', 'destroy_process_group', 'all_reduce'):
-        monkeypatch.setattr(torch.distributed, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr('heartbeat.connected', lambda *args: SimpleNamespace(leave=lambda: None, fail=print))
-    monkeypatch.setattr('distributed.Processes.wrap', lambda self, module: module)
-    monkeypatch.setattr('distributed.leave', lambda: None)
-
-
-def test_every_micro_step_and_process_has_noise_of_its_own(train, tmp_path, monkeypatch):
-    """Every micro-step and every process once drew the same corrections, starts and stripe of sequences for the heads.
-
-    Two processes, whose environment is set here and whose messages are left out, draw between them what one process
-    draws in as many micro-steps: so the runs can be the same.
-    """
+def test_every_iteration_has_noise_of_its_own(train, tmp_path, monkeypatch):
+    """And every micro-step dropout of its own; the rest belongs to the global batch (test_batches.py)."""
+    seen, plain = [], objectives.DiffusionObjective.forward
     monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': 1.0})
-    alone = noise_of_a_run(train, tmp_path / 'alone', '--gradient_accumulation_steps=4')
-    assert len(alone) == 12 and len({seed for seeds in alone for seed in seeds}) == 48
-    without_messages(monkeypatch)
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    ranks = []
-    for rank in '01':
-        monkeypatch.setenv('RANK', rank)
-        ranks.append(noise_of_a_run(train, tmp_path / rank, '--gradient_accumulation_steps=4'))
-    assert not set(ranks[0]) & set(ranks[1]) and set(ranks[0]) | set(ranks[1]) == set(alone)
+    monkeypatch.setattr(objectives.DiffusionObjective, 'forward', lambda self, x0, seed, share, *rows: seen.append(
+        (seed, torch.initial_seed(), share, rows)) or plain(self, x0, seed, share, *rows))
+    train(tmp_path, '--max_iters=3', '--start_sampler_iteration=0', '--start_critic_iteration=0', '--eval_interval=100',
+          '--gradient_accumulation_steps=4', '--sampler_rows=3', '--critic_rows=2')
+    assert len(seen) == 12
+    seeds, dropout, shares, rows = map(list, zip(*seen))
+    assert len(set(seeds)) == 3 and all(len(set(seeds[i:i + 4])) == 1 for i in (0, 4, 8)) and len(set(dropout)) == 12
+    assert shares[:4] == [Share(32, micro, 4) for micro in range(4)] and set(rows) == {(12, 8, 16)}
 
 
-def test_block_rows_are_shared_like_the_rows_of_the_heads(train, tmp_path, monkeypatch):
-    """Two processes that share a micro-batch of 8 sequences read half of block_rows=4 in blocks each: the global batch
-    does not depend on the number of processes. Each read as many as one process alone.
-    """
-    monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': 1.0})
-    without_messages(monkeypatch)
-    plain, rows = diffusion.forward_blocks, []
-    monkeypatch.setattr(diffusion, 'forward_blocks', lambda trunk, model, x0, generator: rows.append(
-        len(x0)) or plain(trunk, model, x0, generator))
-    for world in '12':
-        monkeypatch.setenv('WORLD_SIZE', world)
-        monkeypatch.setenv('RANK', '0')
-        train(tmp_path / world, *NO_HEADS, '--max_iters=1', '--eval_interval=100')
-    assert rows == [4, 2]
+def test_the_critic_learns_in_every_so_many_iterations(train, tmp_path):
+    """Log lines in between show what is learned then; its moments count its own steps."""
+    out = train(tmp_path, '--critic_interval=4', '--max_iters=13', '--start_critic_iteration=5',
+                '--end_critic_iteration=9')
+    learned = {it: re.findall(r'(main|blocks|sampler|critic) \d', line) for it, line in
+               re.findall(r'^iter (\d+): loss (.*)$', out, re.M)}
+    both = ['main', 'blocks', 'sampler']
+    assert [learned[str(it)] for it in (2, 3, 4, 5, 8, 11, 12)] == [
+        both[:2], both, both, both, [*both, 'critic'], both, [*both, 'critic']]
+    steps = {part: {int(state['step']) for state in groups[1]['state'].values()}
+             for part, groups in checkpoint_in(tmp_path)['optimizer'].items()}
+    assert steps == {'trunk': {13}, 'sampler': {10}, 'critic': {2}}
 
 
 # -----------------------------------------------------------------------------
 # kinds of run
+
+def test_bfloat16_trains_every_stage(train, tmp_path):
+    """Every loss and every weight is a number, each part has moved, and the loss falls."""
+    train(tmp_path, '--dtype=bfloat16')
+    entries, saved = metrics_in(tmp_path), checkpoint_in(tmp_path)
+    assert all(np.isfinite(value) for entry in entries for value in entry.values() if isinstance(value, float))
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in saved['model'].values())
+    assert saved['config']['dtype'] == 'bfloat16' and not saved['scaler']
+    first, last = (next(e for e in entries if e['iter'] == it and 'split' not in e) for it in (0, 11))
+    assert last['main'] < first['main'] - 0.1 and {'main', 'sampler', 'critic'} <= set(last)
+    assert all(saved['model'][name].abs().sum() > 0 for name in ('sampler_head.out.1.weight', 'critic_head.out.weight'))
+
+
+def test_a_run_that_never_gets_better_says_that_it_left_nothing(train, tmp_path, monkeypatch):
+    """With always_save_checkpoint=False no checkpoint is written then, which went unsaid."""
+    values = iter([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])    # of both splits
+    monkeypatch.setattr(objectives.DiffusionObjective, 'validate', lambda *args: {'nelbo': next(values)})
+    out = train(tmp_path, *NO_HEADS, '--always_save_checkpoint=False', '--save_interval=0')
+    assert 'no evaluation was better than the first: there is no checkpoint' in out
+    assert not list(tmp_path.glob('*.pt'))
+
 
 def test_float16_trains_every_stage(train, tmp_path):
     """Scaled losses: every part learns, every loss is a number, and the scaler's state is in the checkpoint."""

@@ -1,0 +1,12 @@
+"""Figures as files, whole or not there: figures.save(figure, 'out/curves') writes curves.png and curves.svg."""
+import io
+
+from files import write_atomically
+
+
+def save(figure, stem):
+    """Write a matplotlib figure as stem.png and stem.svg. WriteError where that cannot be, as on a full disk."""
+    for kind in ('png', 'svg'):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=120)
+        write_atomically(f'{stem}.{kind}', buffer.getvalue())
