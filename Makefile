@@ -1,10 +1,10 @@
 # make demo: sample from the shipped model, train on the machine at hand, sample with and without the sampler head;
-# make test: check the style and run the tests; make test-all: the slow ones too
+# make test: check the style and run the tests; make test-all: the slow ones too; make coverage: branches not tested
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all coverage clean
 
 demo: .venv/ready
 	test -d out-char-diffusion || $(BIN)/python sample_simple.py --num-samples 2 --no-progress
@@ -18,6 +18,9 @@ test: .venv/ready-dev
 
 test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+
+coverage: .venv/ready-dev
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
