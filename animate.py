@@ -14,12 +14,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-MASKED, GIVEN, FIRST, WAVE, REMASKED = 'masked', 'given', 'first', 'wave', 'remasked'
-# how a token was placed; each can be told without colour too, but for the first of a wavefront
-STYLES = {MASKED: 'dim', GIVEN: 'bold', FIRST: 'yellow', WAVE: 'cyan', REMASKED: 'magenta underline'}
+MASKED, GIVEN, FIRST, WAVE, REMASKED, CORRECTED = 'masked', 'given', 'first', 'wave', 'remasked', 'corrected'
+# how a token was placed; each can be told without colour too
+STYLES = {MASKED: 'dim', GIVEN: 'bold', FIRST: 'yellow italic', WAVE: 'cyan', CORRECTED: 'green bold underline',
+          REMASKED: 'magenta underline'}
 MEANINGS = {MASKED: 'masked', GIVEN: 'given', FIRST: 'by the language-model head', WAVE: 'by the sampler head',
-            REMASKED: 'again, after remasking'}
-PLACEHOLDER = '░'
+            CORRECTED: 'corrected by the sampler head', REMASKED: 'again, after remasking'}
+PLACEHOLDER = '░'    # of a mask
 
 
 class Sequence:
@@ -35,7 +36,7 @@ class Sequence:
 
     def play(self, one):
         """Go through one pass, wave after wave; yields the positions that each wave fills."""
-        start, waves = one['block_start'], {}
+        start, waves, corrected = one['block_start'], {}, set(one.get('corrected_indices', ()))
         for at, (before, after) in enumerate(zip(one['input_masked'], one['output_unmasked'])):
             if before == self.mask_id:
                 self.tokens[start + at], self.kinds[start + at] = self.mask_id, MASKED
@@ -44,7 +45,8 @@ class Sequence:
         for wave in sorted(waves):
             for p in waves[wave]:
                 self.tokens[p] = one['output_unmasked'][p - start]
-                self.kinds[p] = REMASKED if p in self.was_filled else WAVE if wave else FIRST
+                again = CORRECTED if p in corrected else REMASKED if p in self.was_filled else None
+                self.kinds[p] = again or (WAVE if wave else FIRST)
                 self.was_filled.add(p)
             yield waves[wave]
 
@@ -130,17 +132,30 @@ class Animation:
         """What fits the window of the sequence, the tokens just filled within it, and a line that explains it."""
         fresh = set(filled)
         lines = lay_out(self.sequence, self.piece, self.console.width)
-        height = max(1, self.console.height - 4)
+        kinds = [kind for kind in STYLES if kind in self.sequence.kinds]
+        legend = in_rows([Text(MEANINGS[kind], style=STYLES[kind]) for kind in kinds], self.console.width)
+        legend = legend[:max(1, self.console.height - 3)]
+        height = max(1, self.console.height - 3 - len(legend))
         last = max((i for i, line in enumerate(lines) if any(p in fresh for _, _, p in line)), default=0)
         first = max(0, min(last - height // 2, len(lines) - height))
         shown = [Text.assemble(*((c, STYLES[kind] + (' reverse' if p in fresh else '')) for c, kind, p in line))
                  for line in lines[first:first + height]]
         status = f'pass {self.passes}, wave {wave}, {self.sequence.left} of {len(self.sequence.tokens)} masked'
-        kinds = [kind for kind in STYLES if kind in self.sequence.kinds]
-        legend = Text('  ').join(Text(MEANINGS[kind], style=STYLES[kind]) for kind in kinds)
-        for text in (legend, *shown):
+        lines = [*shown, Text(status), *legend]
+        for text in lines:
             text.no_wrap, text.overflow = True, 'crop'
-        return Group(*shown, Text(status, no_wrap=True, overflow='crop'), legend)
+        return Group(*lines)
+
+
+def in_rows(texts, width, space='  '):
+    """Texts side by side in as many rows as they need, none of them cut unless it is wider than a row."""
+    rows = []
+    for text in texts:
+        if rows and rows[-1].cell_len + len(space) + text.cell_len <= width:
+            rows[-1] = Text(space).join((rows[-1], text))
+        else:
+            rows.append(text)
+    return rows
 
 
 def runs_of(line):

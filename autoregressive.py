@@ -31,15 +31,19 @@ def validate(model, x0, batch_size):
 def generate(model, first, length, sequences, seed, temperature=1.0, top_p=1.0):
     """Continue sequences to length tokens, one forward pass for each, over what has been written since the last one.
 
-    first (B, n) ids, n >= 1; sequences (B,) int, their numbers for the noise. Returns (B, length) ids.
+    first (B, n) ids, n >= 1; sequences (B,) int, their numbers for the noise. Returns (B, length) ids. Behind
+    block_size tokens the window slides: as positions are counted within it, its later half is read anew, in one pass,
+    whenever it is full. So a token sees half a block or more of what was written.
     """
-    B, n = first.shape
+    (B, n), block_size = first.shape, model.config.block_size
     assert 1 <= n, 'the model continues text and needs a first token'
-    assert length <= model.config.block_size + 1, f'length {length}, block_size {model.config.block_size}'
     u = uniform(seed, TOKENS, sequences, 0, range(length), first.device)
-    x = F.pad(first, (0, length - n))
-    cached = CachedTrunk(model, B, length - 1)
-    for t in range(n, length):
-        hidden = cached.read(x[:, cached.n_read:t])    # the given text at once, then one token after another
-        x[:, t] = sample(cached.lm_head(hidden[:, -1]), u[:, t], temperature, top_p)
+    x, start = F.pad(first, (0, length - n)), 0
+    cached = CachedTrunk(model, B, min(length - 1, block_size))
+    with torch.inference_mode():
+        for t in range(n, length):
+            if t - start > block_size:
+                start, cached.n_read = t - max(1, block_size // 2), 0
+            hidden = cached.read(x[:, start + cached.n_read:t])    # the given text at once, then token after token
+            x[:, t] = sample(cached.lm_head(hidden[:, -1]), u[:, t], temperature, top_p)
     return x

@@ -2,10 +2,14 @@
 
     python bench.py --quick
     python bench.py --checkpoint out-char-diffusion/ckpt.pt --nanogpt ../nanoGPT
+    python bench.py --run out-char-diffusion --run out-char-ar
 
 Rows run in turn after a warm-up, figures are medians, ratios are taken within each round: read ratios, not seconds,
-where the machine has other work. Settings of train.py may follow, as in --n_layer=2. Reference: nanoGPT, whose model.py
-can be compared (https://github.com/karpathy/nanoGPT).
+where the machine has other work. A decoding's time is that of the trunk, of waves (filling by the head or from the
+trunk's marginals), corrections, remasking (scores and choosing) and sampling (drawing tokens). The utilisation of a
+training step is a share of the speed at which this machine was seen to multiply two matrices, not of a data sheet's
+peak. Settings of train.py may follow, as in --n_layer=2. Reference: nanoGPT, whose model.py can be compared
+(https://github.com/karpathy/nanoGPT).
 """
 import environment    # before torch
 
@@ -20,14 +24,20 @@ import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import autoregressive
+import decoding
+import filling
+import time_to_loss
 import train
 from batches import Share
 from cache import CachedTrunk
 from checkpoint import load_model, require_generator
 from configurator import configure
+from corpus import Corpus
+from critic import CriticHead
 from decoding import default_config, generate
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
@@ -45,6 +55,8 @@ for B in (1, 32):
                f'revising_over_naive_15_batch{B}': (f'revising 15, batch {B}', f'naive 15, batch {B}'),
                f'wavefront_over_cached_ar_batch{B}': (f'wavefront 15, batch {B}', f'autoregressive, batch {B}')}
 VOCAB_SIZE = 66    # of tiny Shakespeare, where there is no checkpoint
+MEMORY = ('naive 15, batch 32', 'wavefront 15, batch 32')    # rows whose peak is measured; in full also
+FULL_MEMORY = ('corrected 4, batch 32', 'autoregressive, batch 32')
 
 
 def parser():
@@ -53,7 +65,9 @@ def parser():
     parser.add_argument('--checkpoint', help='decode with these weights; default: random ones of the config\'s size')
     parser.add_argument('--out-dir', default='.', help='where bench.json is written')
     parser.add_argument('--quick', action='store_true',
-                        help='fewer rounds, no growth with batch and length, no revising at batch 32')
+                        help='fewer rounds, no growth with batch and length, no revising or correcting at batch 32')
+    parser.add_argument('--run', action='append', metavar='OUT_DIR', default=[],
+                        help='only print how many seconds this run trained until each evaluation; may be repeated')
     parser.add_argument('--nanogpt', help='nanoGPT\'s folder or model.py, for a comparison of training steps')
     parser.add_argument('--rounds', type=int, help='of every row, after the warm-up; default 3 or, in full, 7')
     parser.add_argument('--peak-of', help=argparse.SUPPRESS)    # run one row in this process, print its peak memory
@@ -75,25 +89,34 @@ def arguments():
 # -----------------------------------------------------------------------------
 # training steps
 
+class RandomText(Corpus):
+    """A corpus of random tokens, for batches gathered as in training."""
+
+    def __init__(self, vocab_size):
+        ids = np.random.default_rng(0).integers(0, vocab_size - 1, 2 ** 20).astype(np.uint16)
+        self.meta, self.splits = {'vocab_size': vocab_size}, {'train': ids}
+
+
 class Training:
     """The step of train.py in one of its stages, on random text."""
 
     def __init__(self, config, vocab_size, number):
-        self.config, self.number = config, number
-        quiet = SimpleNamespace(device=config.device, print0=lambda text: None)
-        self.state, self.objective = train.build(config, SimpleNamespace(meta={'vocab_size': vocab_size}), None, quiet,
-                                                  share=1)
+        self.config, self.number, self.share = config, number, Share(config.batch_size)
+        quiet = SimpleNamespace(device=config.device, world=1, shards=False, print0=lambda text: None)
+        self.corpus = RandomText(vocab_size)
+        self.state, self.objective = train.build(config, self.corpus, None, quiet, share=1)
         self.state.start_iter = dict.fromkeys(self.state.start_iter, 0)
         self.state.model.train()
         train.choose_trainable(config, self.state.model, number)
-        self.x0 = torch.randint(vocab_size - 1, (config.batch_size, config.block_size)).to(config.device)
         self.it = max(1, config.end_critic_iteration)
 
     def __call__(self, clock):
         self.it += 1
+        with clock('batch'):
+            x0 = train.next_batch(self.config, self.corpus, self.objective, self.it, self.share, self.config.device)
         with clock('forward'), autocast(self.config.device, self.config.dtype):
             rows = train.rows_to_learn_from(self.config, self.number)
-            losses = self.objective(self.x0, self.it, Share(len(self.x0)), *rows)
+            losses = self.objective(x0, self.it, self.share, *rows)
             loss = train.weighted(self.config, self.state.start_iter, self.it, losses)
         with clock('backward'):
             self.state.scaler.scale(loss).backward()
@@ -130,10 +153,17 @@ class NanoGPT:
 
 
 def training_rows(args, config, vocab_size):
-    rows = {f'stage {n}': Training(config, vocab_size, n) for n in (1, 2, 3)}
+    names = ('stage 1', 'stage 2', 'step with critic')
+    rows = {name: Training(config, vocab_size, number) for number, name in enumerate(names, 1)}
     if args.nanogpt:
         rows['nanoGPT'] = NanoGPT(args.nanogpt, config, vocab_size)
     return rows
+
+
+def mixed(plain, with_critic, interval):
+    """Seconds of an iteration of stage 3, of which one in interval teaches the critic, the others are as in stage 2."""
+    return [{part: a.get(part, 0) + (b.get(part, 0) - a.get(part, 0)) / interval for part in b}
+            for a, b in zip(plain, with_critic)]
 
 
 def model_flops(config, parameters):
@@ -149,9 +179,10 @@ class Decoding:
     """Text from nothing by masked diffusion, as sample_simple.py writes it."""
 
     def __init__(self, model, config, B, length, decoder, iterations):
-        use_sampler, revising = decoder != 'naive', decoder == 'revising'
         self.model, self.config, self.shape = model, config, (B, length)
-        self.decoder = default_config(model, iterations, use_sampler=use_sampler, revising=revising)
+        self.decoder = default_config(model, iterations, use_sampler=decoder != 'naive',
+                                      revising=decoder in ('revising', 'corrected'),
+                                      corrections=8 if decoder == 'corrected' else 0)
         self.passes = self.steps = 0
 
     def __call__(self, clock):
@@ -162,7 +193,10 @@ class Decoding:
 
 
 class Autoregressive:
-    """Text from one token by the causal model of the same size with its key-value cache."""
+    """Text from one token by the causal model of the same size with its key-value cache.
+
+    Beyond the block the window slides, see autoregressive.generate: its later half is read anew when it is full.
+    """
 
     def __init__(self, model, config, B, length):
         self.model, self.config, self.length = model, config, length
@@ -170,20 +204,31 @@ class Autoregressive:
         self.passes = self.steps = length - 1
 
     def __call__(self, clock):
-        with autocast(self.config.device, self.config.dtype):
+        with autocast(self.config.device, self.config.dtype), parts_timed(clock):
             autoregressive.generate(self.model, self.first, self.length, range(len(self.first)), seed=1337)
 
 
 @contextlib.contextmanager
 def parts_timed(clock):
-    """Time of forward passes of the trunk, of filling and of rescoring, into a Clock."""
-    kept = []
-    for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'read', 'trunk'), (Naive, 'fill', 'filling'),
-                                (Wavefront, 'fill', 'filling'), (Wavefront, 'fill_from_left', 'filling'),
-                                (Naive, 'rescore', 'rescoring'), (Wavefront, 'rescore', 'rescoring')):
+    """Time of each part of a decoding, into a Clock; what one part calls of another counts for the other alone."""
+    kept, inside = [], []
+    for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'read', 'trunk'), (Naive, 'fill', 'waves'),
+                                (Wavefront, 'fill', 'waves'), (Wavefront, 'fill_from_left', 'waves'),
+                                (Wavefront, 'correct', 'corrections'), (Naive, 'rescore', 'remasking'),
+                                (Wavefront, 'rescore', 'remasking'), (CriticHead, 'forward', 'remasking'),
+                                (decoding, 'positions_to_remask', 'remasking'), (filling, 'sample', 'sampling'),
+                                (autoregressive, 'sample', 'sampling')):
         def timed(*args, plain=getattr(owner, method), part=part):    # noqa: B008 (bound now, in this round)
-            with clock(part):
+            if inside == ['corrections'] and part == 'waves':
                 return plain(*args)
+            before = clock.seconds.get(part, 0)
+            inside.append(part)
+            with clock(part):
+                result = plain(*args)
+            inside.pop()
+            if inside:
+                clock.seconds[inside[-1]] = clock.seconds.get(inside[-1], 0) - (clock.seconds[part] - before)
+            return result
         kept.append((owner, method, getattr(owner, method)))
         setattr(owner, method, timed)
     try:
@@ -204,7 +249,7 @@ def models(args, config):
         model = GPT(GPTConfig(**shape | {'vocab_size': VOCAB_SIZE}))
     causal = vars(model.config) | {'attention_type': 'causal', 'add_sampler_head': False, 'add_critic_head': False}
     dtype = torch.float64 if config.dtype == 'float64' else torch.float32
-    return [m.to(config.device, dtype).eval() for m in (model, GPT(GPTConfig(**causal)))]
+    return [m.to(config.device, dtype).eval().requires_grad_(False) for m in (model, GPT(GPTConfig(**causal)))]
 
 
 def decoding_rows(args, config, model, causal):
@@ -220,17 +265,20 @@ def decoding_rows(args, config, model, causal):
             rows[f'{decoder} {iterations}, batch {B}{at}'] = Decoding(model, config, B, length, decoder, iterations)
     for B in (1, 32):
         for decoder, iterations in (('naive', 15), ('wavefront', 15), ('naive', 4), ('wavefront', 4),
-                                    ('autoregressive', 0), ('revising', 15)):
-            if not (args.quick and decoder == 'revising' and B > 1):    # the slowest row
+                                    ('autoregressive', 0), ('corrected', 4), ('revising', 15)):
+            if not (args.quick and decoder in ('corrected', 'revising') and B > 1):    # the slowest rows
                 add(decoder, iterations, B)
     if not args.quick:
         for B in (2, 4, 8, 16, 64):
             for decoder in ('naive', 'wavefront', 'autoregressive'):
                 add(decoder, 15, B)
         for length in (128, 512, 1024, 2048, 4096):
-            for decoder in ('naive', 'wavefront'):
+            for decoder in ('naive', 'wavefront', 'autoregressive'):
                 if length != T:
                     add(decoder, 15, 1, length)
+        for decoder, iterations in (('naive', 15), ('wavefront', 15), ('corrected', 4), ('autoregressive', 0)):
+            for B in (1, 32):
+                add(decoder, iterations, B, 1024)
     return rows
 
 
@@ -246,7 +294,9 @@ def peak_of(args, config, name):
 
 
 def peaks(args, settings, names):
-    """{name: bytes} of rows, each in a fresh process, for the peak of a process never falls."""
+    """{name: bytes} of rows, each in a fresh process, for the peak of a process never falls; {} where none is told."""
+    if sys.platform == 'win32':
+        return {}
     command = [sys.executable, os.path.abspath(__file__), '--config', args.config, *settings]
     command += ['--checkpoint', args.checkpoint] if args.checkpoint else []
     return {name: int(subprocess.run([*command, '--peak-of', name], check=True, capture_output=True, text=True).stdout)
@@ -277,14 +327,21 @@ def table(result):
         if 'steps' in figures:
             line += f' {figures["passes"]:5} passes {figures["steps"]:6} steps'
         else:
-            line += f' {figures["tokens_per_second"]:9,.0f} tokens/s {figures["model_flop_utilisation"]:6.1%} of peak'
+            share = f'{figures["model_flop_utilisation"]:.1%} of a matrix product\'s speed'
+            line += f' {figures["tokens_per_second"]:9,.0f} tokens/s, {share}'
         lines.append(f'{line}   {parts}')
+    lines += ['', *(f'peak memory of {name:36} {n / 2 ** 20:8,.0f} MiB over what the process had before'
+                    for name, n in result['peak_memory'].items())]
     lines += ['', *(f'{name:40} {value:7.3f}' for name, value in result['ratios'].items() if value is not None)]
     return '\n'.join(lines)
 
 
 def main():
     args, config, settings = arguments()
+    for out_dir in args.run:
+        print('\n'.join(time_to_loss.table(out_dir)))
+    if args.run:
+        return
     if args.peak_of:
         return peak_of(args, config, args.peak_of)
     # 1. rows
@@ -295,21 +352,23 @@ def main():
               'matmul_flop_per_second': rate}
     training = training_rows(args, config, model.config.vocab_size)
     trunk = sum(p.numel() for p in training['stage 1'].state.model.parts()['trunk'])
-    decoding = decoding_rows(args, config, model, causal)
+    decoders = decoding_rows(args, config, model, causal)
 
     # 2. time, then memory
     show = lambda name: print(f'\r{name:60}', end='', file=sys.stderr)
-    rounds = in_turn(training, args.rounds, config.device, show) | in_turn(decoding, args.rounds, config.device, show)
+    rounds = in_turn(training, args.rounds, config.device, show) | in_turn(decoders, args.rounds, config.device, show)
+    rounds['stage 3'] = mixed(rounds['stage 2'], rounds['step with critic'], config.critic_interval)
     show('memory')
-    memory = peaks(args, settings, ['naive 15, batch 32', 'wavefront 15, batch 32'])
+    memory = peaks(args, settings, MEMORY if args.quick else MEMORY + FULL_MEMORY)
     show('')
 
     # 3. table and bench.json
-    result['rows'] = summarize(rounds, training | decoding, config, model_flops(config, trunk), rate)
+    rows = training | {'stage 3': training['step with critic']} | decoders
+    result['rows'] = summarize(rounds, rows, config, model_flops(config, trunk), rate)
     result['peak_memory'] = memory
     result['ratios'] = {name: ratio(rounds, *pair) for name, pair in RATIOS.items()}
-    naive, wavefront = memory['naive 15, batch 32'], memory['wavefront 15, batch 32']
-    result['ratios']['wavefront_over_naive_15_memory_batch32'] = wavefront / max(1, naive)
+    naive, wavefront = (memory.get(name) for name in MEMORY)
+    result['ratios']['wavefront_over_naive_15_memory_batch32'] = wavefront / max(1, naive) if memory else None
     print('\n' + table(result))
     path = os.path.join(args.out_dir, 'bench.json')
     write_atomically(path, json.dumps(result, indent=2).encode())

@@ -33,7 +33,7 @@ class BlockLayout:
 @lru_cache(maxsize=64)
 def lay_out(n_text, starts, size, device='cpu'):
     """BlockLayout of n_text tokens and the blocks of size positions that begin at starts, a tuple, each <= n_text."""
-    starts = torch.tensor(starts, device=device)
+    starts = torch.stack([torch.full((), start, device=device) for start in starts])    # made there, not copied
     text = torch.arange(n_text, device=device)
     block_positions = (starts[:, None] + torch.arange(size, device=device)).flatten()
     block = torch.cat((torch.full_like(text, -1), torch.arange(len(starts), device=device).repeat_interleave(size)))

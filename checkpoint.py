@@ -132,11 +132,13 @@ def save_where_due(config, checkpoint, better, first):
         first = False
 
 
-def load(path):
-    """The checkpoint dict at path, on the CPU. InputError if it is missing, damaged, or wants to run code."""
+def load(path, kind='char_diffusion_sampler'):
+    """The checkpoint dict at path, on the CPU. InputError if it is missing, damaged, or wants to run code.
+
+    kind: of the config file that trains such a model, config/train_KIND.py.
+    """
     if not os.path.isfile(path):
-        raise InputError(f'no checkpoint {path!r}; train one with '
-                         f'python train.py config/train_char_diffusion_sampler.py')
+        raise InputError(f'no checkpoint {path!r}; train one with python train.py config/train_{kind}.py')
     try:
         check_bytes(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -214,9 +216,9 @@ def fits(tensor, shape):
         and tensor.layout is torch.strided and tensor.device.type == 'cpu' and tensor.is_contiguous()
 
 
-def load_model(path):
-    """Model, in evaluation mode on the CPU, tokenizer and the whole checkpoint at path."""
-    saved = load(path)
+def load_model(path, kind='char_diffusion_sampler'):
+    """Model, in evaluation mode on the CPU, tokenizer and the whole checkpoint at path; kind: see load."""
+    saved = load(path, kind)
     model = GPT(model_config(saved, path))
     model.load_state_dict(saved['model'])
     return model.eval(), Tokenizer(saved['corpus']), saved

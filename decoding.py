@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from critic import remask_score
 from filling import Naive, Wavefront
-from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, uniform
+from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, numbers, uniform
 from plans import make_plan
 
 # -----------------------------------------------------------------------------
@@ -120,6 +120,9 @@ def positions_to_remask(config, i, score, mask, free, sequences, positions):
 # -----------------------------------------------------------------------------
 # the loop over passes, and over blocks
 
+WANTED = ('hidden', 'remask_score', 'p_generated')    # what costs time and is made for who wants it
+
+
 @dataclass
 class Decoded:
     x: torch.Tensor               # (B, T) ids without masks
@@ -130,20 +133,23 @@ class Decoded:
 
 def make_filler(model, config):
     """Who fills in this decoding. What it computes of the weights serves every block until they change."""
-    return (Wavefront if config.use_sampler else Naive)(model)
+    return Wavefront.of(model) if config.use_sampler else Naive(model)
 
 
 @torch.no_grad()
-def decode_block(model, x, free, config, sequences, positions, on_pass=None, filler=None):
+def decode_block(model, x, free, config, sequences, positions, on_pass=None, filler=None, wanted=()):
     """Fill the free positions of a block in config.passes forward passes or fewer.
 
     x (B, T) ids, of which the free ones are ignored; free (B, T) bool; sequences (B,) and positions (T,) int name them
-    to the noise. on_pass is called with a dict after every pass. filler: of make_filler, None makes one. Returns
-    Decoded. While a plan is followed and nobody listens, a pass does not wait for the device.
+    to the noise. on_pass is called with a dict after every pass. filler: of make_filler, None makes one. wanted: some
+    of WANTED, 'hidden' (the trunk's view) and 'remask_score' for on_pass, 'p_generated' in the Decoded that is
+    returned. While a plan is followed and no score is wanted, a pass does not wait for the device.
     """
+    assert set(wanted) <= set(WANTED), f'wanted {wanted}, there are {WANTED}'
     filler, critic = filler or make_filler(model, config), model.critic_head
-    reach = max(filler.reach, critic.reach if critic is not None else 0)
+    reach = max(filler.reach, critic.reach if config.order == 'critic' else 0)
     corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
+    at_sequences, at_positions = (numbers(values, x.device) for values in (sequences, positions))    # copied once
     x, unknown, waves, hidden, state = torch.where(free, model.mask_id, x), free, 0, 0, None
     plan = None    # the wavefront's own order is that of every fill
     if config.plan != 'wavefront' and free.any():
@@ -152,7 +158,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
-    score, critic_logits = exact(torch.zeros_like(x)), exact(torch.zeros_like(x))
+    score = exact(torch.zeros_like(x))
     stale, busy = torch.zeros_like(free), range(len(x))    # positions to rescore; sequences with masks
     for i in range(config.passes):
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked
@@ -172,7 +178,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         later = unknown & ~mask    # what the plan leaves to later passes
         remasks = config.plan_passes <= i + 1 < config.passes
 
-        wave_of, steps = torch.zeros_like(x), 0
+        wave_of, steps, corrected = torch.zeros_like(x), 0, torch.zeros_like(free)
         for j in range(1 + corrections):
             # 2. fill what is masked; then resample the worst of it, which costs no forward pass
             resample_mask, stream, step = mask, TOKENS, i
@@ -180,28 +186,29 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
                 share = config.correction_ratio * (corrections + 1 - j) / corrections
                 resample_mask = highest(score, mask, (share * mask.sum(1)).round())
                 stream, step = CORRECTIONS, i * corrections + j - 1
-            u = uniform(config.seed, stream, sequences, step, positions, x.device)
+                corrected = corrected | resample_mask
+            u = uniform(config.seed, stream, at_sequences, step, at_positions, x.device)
             before, xt_now = x, torch.where(later | resample_mask, model.mask_id, x)
             now = xt_now, resample_mask, hidden
             draw = u, config.temperature_of(i), config.top_p
             if planned and plan.lanes and config.use_sampler and not j:
                 x, wave, made, state = filler.fill_from_left(*now, last, plan.lanes[i], *draw, state)
+            elif j:
+                x, wave, made = filler.correct(*now, *draw)
             else:
-                x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned and not j else None)
+                x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned else None)
             wave_of = torch.where(resample_mask, steps + wave, wave_of)
             steps += made
 
             # 3. rescore what was filled or has another neighbour than before, when somebody asks
             changed = within_reach(resample_mask & (x != before), reach) if i or j else resample_mask
             stale = stale | resample_mask | changed
-            if on_pass or remasks or j < corrections:
+            if 'remask_score' in wanted or remasks or j < corrections:
                 at = (free & ~later & stale).nonzero(as_tuple=True)
                 prob = filler.rescore(x, at, hidden)
                 score[at] = 1 - prob
-                if critic is not None:
-                    critic_logits[at] = exact(critic(hidden, x, at, model.wte.weight))
-                    if config.order == 'critic':
-                        score[at] = remask_score(prob, critic_logits[at])
+                if config.order == 'critic':
+                    score[at] = remask_score(prob, critic(hidden, x, at, model.wte.weight))
                 stale = torch.zeros_like(stale)
         waves += steps
         state = None if corrections else state    # it has read tokens that were resampled since
@@ -209,22 +216,24 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         # 4. mask the worst again, once the plan is through
         remasked = later
         if remasks:
-            remasked = positions_to_remask(config, i, score, mask, free, sequences, positions)
+            remasked = positions_to_remask(config, i, score, mask, free, at_sequences, at_positions)
             if not planned:    # a finished sequence stays so, whatever the others do
                 remasked = remasked & mask.any(1, keepdim=True)
         if on_pass:
-            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'hidden': hidden.clone(), 'wave': wave_of,
-                     'remask_score': torch.where(free, score, 0), 'remasked': remasked})
+            also = {'hidden': lambda: hidden.clone(), 'remask_score': lambda: torch.where(free, score, 0)}
+            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave_of, 'remasked': remasked,
+                     'corrected': corrected}
+                    | {name: value() for name, value in also.items() if name in wanted})
         unknown = remasked
         if i + 1 >= config.plan_passes:    # the plan knows that more is to come
             busy = unknown.any(1).nonzero()[:, 0]
             if not len(busy):
                 break
     p_generated = None
-    if critic is not None:
-        at = (free & stale).nonzero(as_tuple=True)
-        critic_logits[at] = exact(critic(hidden, x, at, model.wte.weight))
-        p_generated = torch.where(free, torch.sigmoid(critic_logits), 0)
+    if 'p_generated' in wanted and critic is not None:
+        at = free.nonzero(as_tuple=True)
+        p_generated = exact(torch.zeros_like(x))
+        p_generated[at] = torch.sigmoid(exact(critic(hidden, x, at, model.wte.weight)))
     return Decoded(x, p_generated, i + 1, waves)
 
 
@@ -248,22 +257,24 @@ def blocks(length, block_size):
     return spans
 
 
-def generate(model, x, free, config, sequences, on_pass=None):
+def generate(model, x, free, config, sequences, on_pass=None, wanted=()):
     """Fill the free positions of sequences of any length, in overlapping blocks, each given the end of the one before.
 
-    x (B, L) ids, of which the free ones are ignored; free (B, L) bool; sequences (B,) int, their numbers for the noise.
-    Returns Decoded, its counts summed over blocks.
+    x (B, L) ids, of which the free ones are ignored; free (B, L) bool; sequences (B,) int, their numbers for the noise;
+    on_pass, wanted: see decode_block. Returns Decoded, its counts summed over blocks.
     """
-    x, free, p_generated, passes, waves = x.clone(), free.clone(), exact(torch.zeros_like(x)), 0, 0
+    x, free, passes, waves = x.clone(), free.clone(), 0, 0
+    judged = 'p_generated' in wanted and model.critic_head is not None
+    p_generated = exact(torch.zeros_like(x)) if judged else None
     filler = make_filler(model, config)
     for start, end in blocks(x.size(1), model.config.block_size):
         part = slice(start, end)
         if not free[:, part].any():
             continue
-        block = decode_block(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass,
-                             filler)
-        if block.p_generated is not None:
+        block = decode_block(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass, filler,
+                             wanted)
+        if judged:
             p_generated[:, part] = torch.where(free[:, part], block.p_generated, p_generated[:, part])
         x[:, part], free[:, part] = block.x, False
         passes, waves = passes + block.passes, waves + block.waves
-    return Decoded(x, p_generated if model.critic_head is not None else None, passes, waves)
+    return Decoded(x, p_generated, passes, waves)

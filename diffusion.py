@@ -156,6 +156,8 @@ class Given:
     def fill(self, xt, mask, *_):
         return torch.where(mask, self.text, xt), torch.zeros_like(xt), 1
 
+    correct = fill
+
     def fill_from_left(self, xt, mask, *_):
         return *self.fill(xt, mask), None
 
@@ -185,7 +187,8 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
 
     def decoded(filler=None):
         steps = []
-        decode_block(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append, filler)
+        decode_block(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append, filler,
+                     wanted=['hidden'])
         return steps
     steps = decoded()
     if not config.mask_ratios:    # nothing is revised: the critic scores what is there at the end

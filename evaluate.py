@@ -80,7 +80,7 @@ class Evaluation:
         for head in untrained_heads(saved):
             print(f'note: the {head} head had not begun to learn when {args.checkpoint} was saved; what it decodes is '
                   f'no measure of it')
-        self.evaluator, _, other = load_model(args.evaluator)
+        self.evaluator, _, other = load_model(args.evaluator, 'char_ar')
         config = self.evaluator.config
         if (config.attention_type, config.model_mode) != ('causal', 'language_model'):
             raise InputError(f'the evaluator {args.evaluator!r} is not causal; '
@@ -88,7 +88,7 @@ class Evaluation:
         require_same_vocabulary(other['corpus'], args.evaluator, saved['corpus'])
         self.judge = None
         if args.judge:
-            model, _, other = load_model(args.judge)
+            model, _, other = load_model(args.judge, 'judge')
             require_same_vocabulary(other['corpus'], args.judge, saved['corpus'])
             self.judge = Judge(model.to(self.device), args.judge, other['corpus'])
         self.corpus = Corpus(saved['corpus']['name'], args.data_dir)
@@ -228,7 +228,7 @@ def parser():
     add('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/ beside this file)')
     add('--seed', type=int, default=1337, help='of the noise (default: %(default)s)')
     add('--device', default='auto', help='auto, cuda, mps, cpu (default: %(default)s)')
-    add('--dtype', default='auto', choices=('auto', *DTYPES), help='(default: %(default)s)')
+    add('--dtype', default='auto', choices=('auto', *DTYPES), help='precision (default: %(default)s)')
     add('--no-progress', action='store_true', help='no bar')
     return parser
 

@@ -3,14 +3,25 @@
 A step of the sampler head is small and there are many, so all that needs no drawn token is done ahead of them: indices
 of all steps, products of weights alone, the part of logits and features that comes from the trunk.
 """
-import copy
+from contextlib import contextmanager
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
+from layers import norm
 from noise import pieces, probability, sample
 from sampler import confidence, first_positions, gather_neighbors, pad, uncast, wave_numbers
+
+
+@contextmanager
+def small_products(hidden):
+    """No autocast and no oneDNN, whose set-up costs five times as much as the gelu of one position."""
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        with uncast(hidden):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 class Naive:
@@ -32,55 +43,53 @@ class Naive:
         return torch.cat([probability(self.lm_head(hidden[now]), x[now]) for now in parts])
 
 
-class Neighbors(nn.Module):
-    """In place of sampler.LocalContext in decoding: one table per offset, made once, or codes of a large vocabulary."""
-
-    def __init__(self, local, wte, tabled):
-        super().__init__()
-        S, V = len(local.offsets), len(wte)
-        self.codes = local.codes(wte, torch.arange(V, device=wte.device))    # (V, D)
-        self.weight = local.neighbor_proj.weight.T                           # (S * D, H)
-        self.tables = local.tables(wte) if tabled else None
-        self.starts = torch.arange(S, device=wte.device) * V
-
-    def forward(self, projected, around, _):
-        """projected (N, H), around (N, n) ids at the first n offsets -> features (N, H)."""
-        if self.tables is None:
-            codes = self.codes[around].flatten(1)
-            return torch.addmm(projected, codes, self.weight[:codes.size(1)])
-        return projected + F.embedding_bag(around + self.starts[:around.size(1)], self.tables, mode='sum')
-
-
 class Wavefront:
     """Fills masked positions with the sampler head; what depends on weights alone is computed here, once.
 
     A view is what the trunk says of a position: its logits where they are fewer than the hidden state's channels, for
     then the output matrix is multiplied with the embeddings and the head moves logits; else the hidden state. Tables of
-    a vocabulary of more than max_tabled tokens would fill the memory.
+    a vocabulary of more than max_tabled tokens would fill the memory: they are multiplied out for the tokens at hand.
     """
     max_tabled = 8192
+    kept = None    # by of: a model, its weights' versions, its Wavefront
 
     @torch.no_grad()
     def __init__(self, model):
         self.head, self.wte, self.lm_head = model.sampler_head, model.wte.weight, model.lm_head
         self.first_ratio, self.reach = model.config.sampler_min_neighbors_ratio, model.sampler_head.reach
         self.mask_id, self.unembedding = model.mask_id, model.unembedding
-        head, reader = self.head, self.head.reader
-        tabled = len(self.wte) <= self.max_tabled
-        self.moves_logits = self.mask_id <= self.wte.size(1)
+        head, local, reader = self.head, self.head.local, self.head.reader
+        V, S, reach = len(self.wte), len(local.offsets), self.reach
+        self.tabled, self.moves_logits = V <= self.max_tabled, self.mask_id <= self.wte.size(1)
         with uncast(self.wte):
-            # the head with other first and last layers: its own forward computes what is between
-            local = Neighbors(head.local, self.wte, tabled)
-            self.fast_head = copy.copy(head)
-            self.fast_head._modules = head._modules | {'local': local, 'state_proj': nn.Identity()}
-            if self.moves_logits:
-                out = nn.Linear(head.out[0].in_features, self.mask_id, bias=False, device='meta')
-                out.weight = nn.Parameter(self.unembedding @ head.out[1].weight @ head.out[0].weight, False)
-                self.fast_head._modules['out'] = out
+            # 1. features: what tokens say to the positions beside them, and from the left to all reach ahead of them
+            self.codes = local.codes(self.wte, torch.arange(V, device=self.wte.device))                    # (V, D)
+            self.near_weight = local.neighbor_proj.weight.T                                               # (S * D, H)
+            self.ahead_weight = self.near_weight.unflatten(0, (S, -1))[:reach].flip(0).transpose(0, 1).flatten(1)
             # the recurrent state is read twice, as features and for the next state: one product
-            self.state_weight = torch.cat((head.state_proj.weight, reader.weight_hh_l0))
-            self.state_bias = F.pad(reader.bias_hh_l0, (len(head.state_proj.weight), 0))
-            self.token_gates = F.linear(local.codes, reader.weight_ih_l0, reader.bias_ih_l0) if tabled else None
+            self.state_weight = torch.cat((head.state_proj.weight, reader.weight_hh_l0)).T                # (S, H + 3 S)
+            if self.tabled:
+                self.near = local.tables(self.wte)                                                        # (S * V, H)
+                self.starts = torch.arange(S, device=self.wte.device) * V
+                ahead = self.near.unflatten(0, (S, V))[:reach].flip(0)
+                self.ahead = ahead.transpose(0, 1).flatten(1)                                          # (V, reach * H)
+                self.gates = F.linear(self.codes, reader.weight_ih_l0, reader.bias_ih_l0)                 # (V, 3 S)
+            # 2. the last layer, with the scale of the view as its last row
+            out = head.out[1].weight @ head.out[0].weight
+            out = self.unembedding @ out if self.moves_logits else out
+            self.out_weight = torch.cat((out, head.scale.weight))
+            self.out_bias = F.pad(1 + head.scale.bias, (len(out), 0))
+
+    @classmethod
+    def of(cls, model):
+        """The Wavefront of a model; that of the last model is kept while its weights are fixed and the same."""
+        weights = list(model.parameters())
+        if any(p.requires_grad for p in weights):
+            return cls(model)
+        now = [(p.data_ptr(), p._version, p.dtype) for p in weights]    # loading other weights changes the version
+        if not cls.kept or cls.kept[0] is not model or cls.kept[1] != now:
+            cls.kept = model, now, cls(model)
+        return cls.kept[2]
 
     def fill(self, xt, mask, hidden, u, temperature, top_p, wave=None):
         """Fill the positions of mask.
@@ -92,7 +101,7 @@ class Wavefront:
         begin every sequence alike.
         """
         T, reach = xt.size(1), self.reach
-        with uncast(hidden):
+        with small_products(hidden):
             if wave is None:
                 wave = wave_numbers(mask, self.first(mask, hidden))
             flat = mask.flatten().nonzero()[:, 0]
@@ -109,10 +118,15 @@ class Wavefront:
                 if number == 0:
                     drawn = self.draw(view[now], u[now], 1.0 if temperature else 0.0, top_p)
                 else:
-                    drawn = self.draw(view[now], u[now], temperature, top_p, projected[now], self.around(x, at))
+                    features = self.features(projected[now], self.around(x, at))
+                    drawn = self.draw(view[now], u[now], temperature, top_p, features)
                 x[at[0], at[1] + reach] = drawn    # when the wave is done: its positions do not see each other
                 start += size
         return x[:, reach:reach + T], wave, sum(size > 0 for size in sizes)
+
+    def correct(self, *args):
+        """Fill again, as fill, some of what stands, without a forward pass."""
+        return self.fill(*args)
 
     def fill_from_left(self, xt, mask, hidden, last, lanes, u, temperature, top_p, state=None):
         """Fill the positions of mask from left to right, in every lane at once.
@@ -123,50 +137,69 @@ class Wavefront:
         for the device, and no shape depends on what is drawn.
         """
         (B, T), n, reach, device = xt.shape, len(lanes), self.reach, xt.device
-        with uncast(hidden):
+        with small_products(hidden):
             if state is None:
                 read = [F.pad(xt[:, lane.read_from:lane.start], (0, 1)) for lane in lanes]
                 state = torch.stack([self.head.states(text, self.wte)[:, -1] for text in read], 1).flatten(0, 1)
             # 1. what all steps need that no draw decides, (steps, B * n, ...) each
-            starts, ends = (torch.tensor([getattr(lane, name) for lane in lanes]) for name in ('start', 'end'))
             steps = max(lane.end - lane.start for lane in lanes)
-            position = starts + torch.arange(steps)[:, None]    # (steps, n), beyond the end of a shorter lane too
-            inside = (position < ends).repeat(1, B).to(device)
-            position = position.minimum(ends - 1).repeat(1, B).to(device)
-            sequence = torch.arange(B, device=device).repeat_interleave(n)
-            at = sequence * T + position
-            given, fills, u, hidden = (z.flatten(0, 1)[at] for z in (xt, mask, u, hidden))
-            fills = fills & inside
-            view, projected = self.view(hidden), self.head.project(hidden, None if last is None else last[sequence])
-            # text with masks before it, and a last column that nothing reads, for lanes that have ended
-            x = F.pad(F.pad(xt, (reach, 0), value=self.mask_id), (0, 1))
-            row = sequence * x.size(1) + reach
-            around = (row + position)[..., None] + self.head.local.offsets[:reach]
-            column = row + torch.where(inside, position, T)
-            flat = x.view(-1)
-            # 2. the steps: the first position is the language-model head's
-            nothing_read = lanes[0].read_from == lanes[0].start
-            planned = (view, u, projected, around, fills, given, column)
-            for t, (view, u, projected, around, fills, given, column) in enumerate(zip(*map(torch.unbind, planned))):
-                from_state, state_gates = F.linear(state, self.state_weight, self.state_bias).split(
-                    (projected.size(1), 3 * state.size(1)), 1)
-                if t:
-                    drawn = self.draw(view, u, temperature, top_p, projected, flat[around], from_state)
-                else:
-                    drawn = self.draw(view, u, 1.0 if temperature and nothing_read else temperature, top_p)
-                ids = torch.where(fills, drawn, given)
-                flat[column] = ids
-                state = self.head.read(self.gates_of(ids), state_gates, state)
+            beyond = torch.stack([torch.arange(lane.start, lane.start + steps, device=device) for lane in lanes], 1)
+            position = torch.stack([at.clamp(max=lane.end - 1) for at, lane in zip(beyond.unbind(1), lanes)], 1)
+            at = (torch.arange(B, device=device)[:, None] * T + position[:, None]).flatten(1)
+            inside = (beyond == position).repeat(1, B)    # a shorter lane waits at its end for the others
+            given, fills, u, view = (z.flatten(0, 1)[at] for z in (xt, mask, u, hidden))
+            view, fills = self.view(view), fills & inside
+            # 2. what enters the head at each position: what is known, and the bias of the state's product
+            begin, end = lanes[0].start, lanes[-1].end
+            around = F.pad(xt, (reach, 0), value=self.mask_id)[:, begin:end + reach - 1].unfold(1, reach, 1)
+            known = self.head.project(hidden[:, begin:end].transpose(0, 1), last).flatten(0, 1)
+            known = self.features(known, around.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, B))
+            H, S = known.size(-1), self.head.reader.hidden_size
+            entering = torch.cat((known, self.head.reader.bias_hh_l0.expand(end - begin, B, -1)), -1)
+            entering = F.pad(entering, (0, 0, 0, 0, 0, reach + 1))
+            right_of = entering[1:, :, :H].unfold(0, reach, 1).transpose(2, 3).unbind()    # (B, reach, H) each
+            entering, tokens = entering.unbind(), []
+            # 3. the steps, each of which adds its token to what enters on its right
+            nothing, nothing_read = torch.full_like(given[0], self.mask_id), lanes[0].read_from == lanes[0].start
+            planned = zip(*map(torch.unbind, (view, u, fills, given)))
+            with torch.inference_mode():    # a fifth of the time; what leaves it is made outside
+                for t, (view, u, fills, given) in enumerate(planned):
+                    now = [lane.start - begin + t for lane in lanes]
+                    enters = entering[now[0]] if n == 1 else torch.stack([entering[i] for i in now], 1).flatten(0, 1)
+                    features, gates = torch.addmm(enters, state, self.state_weight).split_with_sizes((H, 3 * S), 1)
+                    if t:
+                        drawn = self.draw(view, u, temperature, top_p, features)
+                    else:    # the language-model head's
+                        drawn = self.draw(view, u, 1.0 if temperature and nothing_read else temperature, top_p)
+                    tokens.append(torch.where(fills, drawn, given))
+                    state = self.head.read(self.gates_of(tokens[-1]), gates, state)
+                    # a given token is known already: [MASK] adds nothing
+                    said = self.said_ahead(torch.where(fills, drawn, nothing)).view(B, n, reach, H)
+                    for i, part in zip(now, said.unbind(1)):
+                        right_of[i].add_(part)
+            x, tokens, state = xt.clone(), torch.stack(tokens).unflatten(1, (B, n)), state.clone()
+            for i, lane in enumerate(lanes):
+                x[:, lane.start:lane.end] = tokens[:lane.end - lane.start, :, i].T
             at = torch.arange(T, device=device)
             wave = mask * sum((at - lane.start) * ((at >= lane.start) & (at < lane.end)) for lane in lanes)
-        return x[:, reach:reach + T], wave, steps, state
+        return x, wave, steps, state
+
+    def features(self, projected, around):
+        """Input of the head: projected (N, H), around (N, n) ids at the first n offsets -> (N, H)."""
+        if self.tabled:
+            return projected + F.embedding_bag(around + self.starts[:around.size(1)], self.near, mode='sum')
+        codes = self.codes[around].flatten(1)
+        return torch.addmm(projected, codes, self.near_weight[:codes.size(1)])
+
+    def said_ahead(self, ids):
+        """What tokens (N,) add to the features of the reach positions on their right, (N, reach * H)."""
+        return self.ahead.index_select(0, ids) if self.tabled else self.codes[ids] @ self.ahead_weight
 
     def gates_of(self, ids):
         """What tokens (N,) say to the gates of the recurrent state, (N, 3 S)."""
-        if self.token_gates is None:
-            reader = self.head.reader
-            return F.linear(self.fast_head.local.codes[ids], reader.weight_ih_l0, reader.bias_ih_l0)
-        return self.token_gates[ids]
+        if self.tabled:
+            return self.gates.index_select(0, ids)
+        return F.linear(self.codes[ids], self.head.reader.weight_ih_l0, self.head.reader.bias_ih_l0)
 
     def first(self, mask, hidden):
         """Where blank sequences begin, their most confident positions: mask (B, T), hidden (B, T, C) -> (B, T) bool."""
@@ -187,9 +220,9 @@ class Wavefront:
         with uncast(hidden):
             hidden = hidden[at]
             view, projected = self.view(hidden), self.head.project(hidden)
-            around = self.around(pad(x, self.reach, self.mask_id), at)
-            return torch.cat([probability(self.logits(view[part], projected[part], around[part]),
-                                          x[at[0][part], at[1][part]]) for part in pieces(len(view), len(self.wte))])
+            features = self.features(projected, self.around(pad(x, self.reach, self.mask_id), at))
+            return torch.cat([probability(self.logits(view[part], features[part]), x[at[0][part], at[1][part]])
+                              for part in pieces(len(view), len(self.wte))])
 
     def around(self, padded, at):
         """Ids (N, 2 * reach) beside positions: padded (B, T + 2 reach), at: sequences and positions (N,)."""
@@ -199,19 +232,22 @@ class Wavefront:
         """What the trunk says of positions, for the head to move: hidden (..., C) -> (..., V - 1 or C)."""
         return F.linear(hidden, self.unembedding) if self.moves_logits else hidden
 
-    def logits(self, view, projected=None, around=None, from_state=None):
-        """Logits (N, V - 1) float32 of the language-model head or, given projected, of the sampler head.
+    def logits(self, view, features=None):
+        """Logits (N, V - 1) float32 of the language-model head or, given features (N, H), of the sampler head.
 
-        view (N, V - 1 or C); projected, from_state (N, H); around (N, reach or 2 * reach) ids.
+        view (N, V - 1 or C). The head's layers are those of sampler.SamplerHead.forward, the last ones multiplied out.
         """
-        if projected is not None:
-            view = self.fast_head(view, projected, around, None, from_state)
+        if features is not None:
+            x = norm(F.gelu(norm(features)))
+            gate, value = self.head.gate(x).chunk(2, -1)
+            moved = F.linear(norm(torch.addcmul(x, F.gelu(gate), value)), self.out_weight, self.out_bias)
+            view = torch.addcmul(moved[:, :-1], view, moved[:, -1:])
         return view.float() if self.moves_logits else self.lm_head(view)
 
-    def draw(self, view, u, temperature, top_p, *rest):
+    def draw(self, view, u, temperature, top_p, features=None):
         """Tokens (N,), some positions after the others where the vocabulary is large: as logits, and u (N,)."""
         parts = pieces(len(view), len(self.wte))
         if len(parts) == 1:
-            return sample(self.logits(view, *rest), u, temperature, top_p)
-        return torch.cat([sample(self.logits(view[part], *(None if z is None else z[part] for z in rest)), u[part],
+            return sample(self.logits(view, features), u, temperature, top_p)
+        return torch.cat([sample(self.logits(view[part], None if features is None else features[part]), u[part],
                                  temperature, top_p) for part in parts])

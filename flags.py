@@ -74,12 +74,13 @@ def action_row(action):
     plain = action.default in (None, False, '', argparse.SUPPRESS)
     meaning = action.help % {'default': action.default, 'prog': ''}
     said = re.search(r'(?:^| )\(default( [^:()]*)?: ([^()]*)\)', meaning)    # in the help's own words
-    default = '' if plain else f'`{action.default}`'
+    default = 'off' if action.nargs == 0 else '-' if plain else f'`{action.default}`'
     if said:
-        default = f'{said[1].strip()}: {said[2]}' if said[1] else said[2]
+        words = said[2] if ' ' in said[2] else f'`{said[2]}`'
+        default = f'{said[1].strip()}: {words}' if said[1] else words
         meaning = meaning.replace(said[0], '')
     if os.path.isabs(str(action.default)):
-        default = 'data/ beside the script'
+        default = '`data/` beside the script'
     return row(name + (f' {values}' if values else ''), default, meaning)
 
 

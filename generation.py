@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import memory
 import signals
-from animate import Animation
+from animate import PLACEHOLDER, Animation
 from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from choices import ANY_PASSES
 from decoding import blocks, default_config, default_ratios, generate, linear_ratios
@@ -23,6 +23,7 @@ from errors import InputError
 from files import write_atomically
 from judge import Judge
 from plans import check_plan
+from progress import passes_text
 from prompts import given_text, is_prefix
 
 SCHEMA = 2    # of the file that --save writes
@@ -83,6 +84,13 @@ def decoder_config(args, model, path, prefix_only=True):
     return config
 
 
+def described(config, windows=1):
+    """A DecoderConfig in words: by what, in which order, in how many passes; windows: that cover a sequence."""
+    plan = f', plan {config.plan}' if config.use_sampler or config.plan != 'wavefront' else ''    # naively it has none
+    return f'{"with the sampler head" if config.use_sampler else "naively"}{plan}, {passes_text(config.passes)}' \
+        + (f' over each of {windows} windows' if windows > 1 else '')
+
+
 def asks_to_revise(args):
     """Was a flag given that only means something where tokens are remasked or resampled?"""
     return args.order is not None or args.start_ratio is not None or args.end_ratio is not None \
@@ -95,18 +103,19 @@ def load_judge(args, corpus, device):
     path = args.judge_checkpoint_name
     if not os.path.exists(path):
         path = os.path.join(args.out_dir, path)
-    model, _, saved = load_model(path)
+    model, _, saved = load_model(path, 'judge')
     require_same_vocabulary(saved['corpus'], path, corpus)
     return Judge(model.to(device), path, saved['corpus'])
 
 
 def record(step, i):
     """What sequence i of a batch became in one pass, as --save writes it: plain values. step: see decode_block."""
-    per_token = {'input_masked': step['xt'], 'output_unmasked': step['x'], 'wave': step['wave'],
-                 'remask_score': step['remask_score']}
-    remasked = (step['remasked'][i].nonzero()[:, 0] + step['start']).tolist()
+    names = {'xt': 'input_masked', 'x': 'output_unmasked', 'wave': 'wave', 'remask_score': 'remask_score'}
+    per_token = {name: step[key] for key, name in names.items() if key in step}    # an animation needs no scores
+    marked = {f'{name}_indices': (step[name][i].nonzero()[:, 0] + step['start']).tolist()
+              for name in ('remasked', 'corrected')}
     return {'iteration': step['pass'], 'block_start': step['start']} \
-        | {name: values[i].tolist() for name, values in per_token.items()} | {'remasked_indices': remasked}
+        | {name: values[i].tolist() for name, values in per_token.items()} | marked
 
 
 class Stopped(Exception):
@@ -123,22 +132,29 @@ class Progress:
         self.args, self.tokenizer, self.stop, self.animation = args, tokenizer, stop, animation
         self.lines = not args.no_progress and not sys.stderr.isatty()
         self.bar = tqdm(total=total, unit='pass', disable=args.no_progress or self.lines or animation is not None)
-        self.history = []
+        self.history, self.count = [], 0
 
     def begin(self, sequences):
         self.sequences, self.first = sequences, len(self.history)
         self.history += [[] for _ in sequences]
 
+    @property
+    def wanted(self):
+        """What decoding makes for the flags alone: scores of every token after every pass, and in the end."""
+        shows_quality = self.args.quality_metric != 'none' and not self.args.judge_checkpoint_name
+        return ['remask_score'] * bool(self.args.save) + ['p_generated'] * shows_quality
+
     def __call__(self, step):
         if self.stop.number:
             raise Stopped
         self.bar.update()
-        if self.lines:
+        self.count += 1
+        if self.lines and (self.args.verbose or self.count % 10 == 0):    # a log of a long run, nothing in a short one
             print(f'samples {self.sequences[0]}-{self.sequences[-1]}, from token {step["start"]}, pass '
                   f'{step["pass"] + 1}: {step["remasked"].float().mean().item():.0%} left to fill', file=sys.stderr)
         if self.args.verbose and self.sequences[0] == 0:
             ids = torch.where(step['remasked'], self.tokenizer.mask_id, step['x'])[0].tolist()
-            tqdm.write(f'--- pass {step["pass"] + 1}\n' + self.tokenizer.decode(ids))
+            tqdm.write(f'--- pass {step["pass"] + 1}\n' + self.tokenizer.decode(ids, PLACEHOLDER))
         if self.animation and self.sequences[0] == 0:
             self.animation.show(record(step, 0))
         if self.args.save:
@@ -165,7 +181,7 @@ def decode(args, model, x, free, config, numbers, device, dtype, progress):
         try:
             with autocast(device, dtype):
                 decoded = generate(model, x[part].to(device), free[part].to(device), config, progress.sequences,
-                                   progress)
+                                   progress, progress.wanted)
         except Stopped:
             break
         tokens += decoded.x.tolist()
@@ -207,15 +223,16 @@ def generate_text(args, processes):
     device = processes.device
     dtype = processes.of_first(lambda: pick_dtype(args.dtype, device))
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None
-    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32)
+    model = model.to(device, torch.float64 if dtype == 'float64' else torch.float32).requires_grad_(False)
     if judge and not judge.is_scorer and length < 2:
         raise InputError('--sequence-length is 1, and a causal judge scores what follows the first token; wanted 2')
     tokens = min(args.num_samples, args.batch_size) * min(length, model.config.block_size)
     memory.require(memory.of_activations(model.config, tokens) // model.config.n_layer, device,
                    f'decoding {tokens} tokens at a time')
-    print(f'{path}: iteration {saved["iter_num"]}, trained on {saved["corpus"]["name"]}; decoding '
-          f'{"by wavefront" if config.use_sampler else "naively"}, {config.passes} iterations, {device}, {dtype}, '
-          f'seed {args.seed}')
+    trained = f'heads of iteration {saved["iter_num"]} on a finished trunk' if saved['config'].get('freeze_trunk') \
+        else f'iteration {saved["iter_num"]}'
+    print(f'{path}: {trained}, trained on {saved["corpus"]["name"]}; decoding '
+          f'{described(config, len(blocks(length, model.config.block_size)))}, {device}, {dtype}, seed {args.seed}')
     for head in untrained_heads(saved):
         print(f'note: the {head} head had not begun to learn when this was saved; --disable-sampler decodes without it')
     if not free.any():

@@ -29,6 +29,10 @@ SEQUENCES = 432    # validation sequences, as many as train.py's evaluations hav
 BATCH = 32         # sequences scored, and sampled for the seconds, at a time
 FRONTS = (4, 16)
 PASSES = (1, 2, 4, 8, 16)
+# how tables and figures say the decoders of likelihood.json
+NAMES = {'naive': 'naive', 'wavefront': 'sampler head', 'ar_baseline': 'autoregressive, same size',
+         'nelbo': 'transformer alone (bound)'}
+HIGHEST = 1.4      # of the figure's bits, as a multiple of the lowest: what is above is named at the edge
 COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits per character', 'seconds')
 
 
@@ -125,8 +129,8 @@ def table(entries):
     lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
     for e in entries:
         seconds = '-' if e['seconds'] is None else f'{e["seconds"]:.2f}'
-        lines.append(f'| {e["decoder"]} | {e["plan"]} | {e["passes"]} | {e["waves"]} | {e["nats_per_token"]:.3f} '
-                     f'±{e["error"]:.3f} | {e["bits_per_character"]:.3f} | {seconds} |')
+        lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {e["passes"]} | {e["waves"]} | '
+                     f'{e["nats_per_token"]:.3f} ±{e["error"]:.3f} | {e["bits_per_character"]:.3f} | {seconds} |')
     return '\n'.join(lines)
 
 
@@ -146,11 +150,10 @@ def plot(entries, corpus, path):
             if decoder in styles:
                 style = styles[decoder] | ({'marker': markers[plan], 'ms': 7} if plan in markers else {'ms': 4})
                 axis.plot([p[key] for p in points], [p['bits_per_character'] for p in points],
-                          ls=lines.get(plan, ''), label=f'{decoder}, {plan}', **style)
+                          ls=lines.get(plan, ''), label=f'{NAMES[decoder]}, {plan}', **style)
             else:
-                text = 'bound of the trunk (NELBO)' if decoder == 'nelbo' else 'autoregressive, same size'
                 axis.axhline(points[0]['bits_per_character'], color='grey', lw=1,
-                             ls='--' if decoder == 'nelbo' else '-', label=text)
+                             ls='--' if decoder == 'nelbo' else '-', label=NAMES[decoder])
                 if decoder != 'nelbo' and key == 'seconds':
                     axis.plot(points[0][key], points[0]['bits_per_character'], 'P', color='grey', ms=8)
         axis.set(xscale='log', xlabel='forward passes' if key == 'passes' else f'seconds for {BATCH} samples')
@@ -159,12 +162,23 @@ def plot(entries, corpus, path):
         axis.xaxis.set_major_formatter('{x:g}')
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
+        name_what_is_above(axis, entries, key)
     axes[0].set_ylabel('bits per character')
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc='upper right')
     figure.suptitle(f'{corpus}: exact likelihood of decoders on held-out text')
     figure.tight_layout()
     figures.save(figure, path)
     plt.close(figure)
+
+
+def name_what_is_above(axis, entries, key):
+    """End the axis at HIGHEST times the lowest bits, and write what lies above at its edge: 'naive, random: 4.83'."""
+    top = HIGHEST * min(e['bits_per_character'] for e in entries)
+    axis.set_ylim(top=min(top, axis.get_ylim()[1]))
+    above = [e for e in entries if e['bits_per_character'] > top and e[key] is not None]
+    for number, e in enumerate(above):
+        axis.annotate(f'\u2191 {NAMES[e["decoder"]]}, {e["plan"]}: {e["bits_per_character"]:.2f}', (e[key], top),
+                      xytext=(3, -9 * (number + 1)), textcoords='offset points', fontsize=7, annotation_clip=False)
 
 
 def write(evaluation, passes, out_dir, progress, identity, overwrite):

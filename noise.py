@@ -13,15 +13,35 @@ import torch.nn.functional as F
 
 TOKENS, ORDER, POSITIONS, CORRECTIONS = range(4)    # streams of noise: one for each use
 COLD = 1e-6    # a temperature below it is 0: logits divided by it may not be finite
+CANDIDATES = 1024    # likeliest tokens that are sorted for top_p, unless they do not reach it
 GROUP = 256    # tokens whose weights are summed before the running sum of a large vocabulary
 MAX_LOGITS = 2 ** 23    # numbers in a piece of logits: 32 MB in float32, and some temporaries of twice that
 
 
+def wrapped(n):
+    """An int as the int64 with the same lowest 64 bits."""
+    return (n + 2 ** 63) % 2 ** 64 - 2 ** 63
+
+
+GOLDEN, *MIXERS = map(wrapped, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
 def mix(z):
-    """SplitMix64's finalizer: uint64 array -> uint64 array, every input bit moves every output bit."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """SplitMix64's finalizer: int64 -> int64, every input bit moves every output bit; products wrap around."""
+    for shift, factor in ((30, MIXERS[0]), (27, MIXERS[1])):
+        z = (z ^ unsigned_shift(z, shift)) * factor
+    return z ^ unsigned_shift(z, 31)
+
+
+def unsigned_shift(z, n):
+    return (z >> n) & (2 ** (64 - n) - 1)
+
+
+def numbers(values, device):
+    """A tensor of ints on the device; a range is made there, so that the host does not wait for a copy."""
+    if isinstance(values, range):
+        return torch.arange(values.start, values.stop, values.step, device=device)
+    return torch.as_tensor(values, device=device)
 
 
 def uniform(seed, stream, sequences, step, positions, device='cpu'):
@@ -30,13 +50,10 @@ def uniform(seed, stream, sequences, step, positions, device='cpu'):
     seed, step int >= 0; stream int, one for each use; sequences (B,) and positions (T,) int.
     Returns (B, T) float64 made from 53 bits each, the same on every device (rounded to float32 on mps).
     """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    key = mix(np.array([seed], np.uint64) + golden)
-    with np.errstate(over='ignore'):
-        for counter in (stream, step, np.asarray(sequences)[:, None], np.asarray(positions)[None, :]):
-            key = mix((key ^ np.asarray(counter).astype(np.uint64)) * golden + golden)
-    u = torch.from_numpy(((key >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0 ** -53)
-    return exact(u, torch.device(device)).to(device)
+    key = mix(torch.full((1, 1), wrapped(seed + GOLDEN), device=device))
+    for counter in (stream, step, numbers(sequences, device)[:, None], numbers(positions, device)[None, :]):
+        key = mix((key ^ counter) * GOLDEN + GOLDEN)
+    return (exact(unsigned_shift(key, 11)) + 0.5) * 2.0 ** -53
 
 
 def derive(seed, *counters):
@@ -71,11 +88,15 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
         return logits.argmax(-1)
     if top_p == 1:
         # rounded in float32, a weight is as exact as its logit; what loses the tail is a sum in float32
-        return invert(((logits - logits.amax(-1, keepdim=True)) / temperature).exp_(), u)
+        return invert(torch.softmax(logits if temperature == 1 else logits / temperature, -1), u)
     prob = torch.softmax(exact(logits) / temperature, -1)
-    sorted_prob, order = prob.sort(dim=-1, descending=True)
-    beyond = sorted_prob.cumsum(-1) - sorted_prob >= top_p
-    return invert(prob.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0), u)
+    n, V = CANDIDATES, prob.size(-1)
+    likeliest, order = prob.topk(min(n, V))
+    while n < V and (likeliest.sum(-1) < top_p).any():    # of a large vocabulary; this waits for the device
+        n *= 4
+        likeliest, order = prob.topk(min(n, V))
+    likeliest = likeliest.masked_fill(likeliest.cumsum(-1) - likeliest >= top_p, 0)
+    return invert(torch.zeros_like(prob).scatter(-1, order, likeliest), u)
 
 
 def invert(weight, u):
@@ -85,7 +106,7 @@ def invert(weight, u):
     """
     N, V = weight.shape
     dtype = torch.float32 if weight.device.type == 'mps' else torch.float64
-    u = u.to(dtype)[:, None]
+    u = u.to(dtype).unsqueeze(1)
     if V > 4 * GROUP:
         weight = F.pad(weight, (0, -V % GROUP)).unflatten(-1, (-1, GROUP))
         sums = weight.sum(-1, dtype=dtype).cumsum(-1)
@@ -96,8 +117,8 @@ def invert(weight, u):
         target = target.minimum(sums[:, -1:])    # the two sums are rounded differently
         return (torch.searchsorted(sums, target)[:, 0] + group[:, 0] * GROUP).clamp(max=V - 1)
     sums = weight.cumsum(-1, dtype=dtype)
-    ids = torch.searchsorted(sums, u * sums[:, -1:])[:, 0]
-    return ids.clamp(max=V - 1)    # of NaN it is beyond: training notices NaN later (finite.py)
+    ids = torch.searchsorted(sums, u * sums.narrow(1, V - 1, 1)).squeeze(1)
+    return ids.clamp_(max=V - 1)    # of NaN it is beyond: training notices NaN later (finite.py)
 
 
 def probability(logits, ids):

@@ -21,9 +21,11 @@ import figures
 from errors import InputError, run
 
 # names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
-PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('sampler',), 'sampler loss, nats', 'smoothed'),
-          (('critic',), 'critic loss, nats', 'smoothed'),
+PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('blocks',), 'loss of blocks, nats', 'smoothed'),
+          (('sampler',), 'sampler loss, nats', 'smoothed'), (('critic',), 'critic loss, nats', 'smoothed'),
           (('nelbo', 'nll'), 'NELBO (autoregressive: NLL), nats per token', 'evaluation'),
+          (('one_pass_nll',), 'NLL of one pass with the head, nats per token', 'evaluation'),
+          (('critic_auc',), "critic's area under ROC", 'evaluation'),
           (('learning_rate',), 'learning rate', 'batch'), (('ms',), 'milliseconds per iteration', 'smoothed'))
 STYLES = {'val': '-', 'train': '--'}
 LARGEST = 1e30    # of any figure: beyond, there is nothing to draw

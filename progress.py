@@ -1,4 +1,4 @@
-"""How far a long step is: bars on standard error, none where that is no terminal; how long a run will still take."""
+"""How far a long step is: bars on standard error, none where that is no terminal; times and passes in words."""
 import os
 import sys
 
@@ -17,3 +17,7 @@ def duration(seconds):
         return f'{seconds:.0f} s'
     minutes = round(seconds / 60)
     return f'{minutes} min' if minutes < 100 else f'{minutes // 60} h {minutes % 60:02} min'
+
+
+def passes_text(n):
+    return f'{n} forward pass' + ('es' if n > 1 else '')

@@ -12,6 +12,7 @@ import os
 import figures
 from files import write_atomically
 from metrics import jackknife_error
+from progress import passes_text
 
 # real text's diversity. A wider band would let a decoder buy likelihood with repetition: four passes gained 0.14 nats
 # from temperature 1 to 0.8, more than most decoders differ by, and lost 9% of their distinct 4-grams. Both sides count,
@@ -120,10 +121,6 @@ def difference(a, b, name):
 
 # -----------------------------------------------------------------------------
 # sentences and table
-
-def passes_text(n):
-    return f'{n} forward pass' + ('es' if n > 1 else '')
-
 
 def value_text(value, error, digits=3):
     return f'{value:.{digits}f} ±' + ('?' if math.isnan(error) else f'{error:.{digits}f}')

@@ -1,4 +1,4 @@
-"""Generates text from a checkpoint: by wavefront where it has a sampler head, else naively.
+"""Generates text from a checkpoint: with its sampler head where it has one, else naively.
 
     python sample_simple.py --out-dir out-char-diffusion --num-samples 16 --iterations 15
     python sample_simple.py --seed-text "To be or not to be" --seed-placement random --save out.json
@@ -29,65 +29,78 @@ RANGES = {
 class HelpFormatter(argparse.HelpFormatter):
     """Adds the default to each help text that does not tell it in its own words."""
 
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=29)
+
     def _get_help_string(self, action):
         plain = action.default in (None, False, '', argparse.SUPPRESS) or 'default' in action.help
         return action.help if plain else f'{action.help} (default: %(default)s)'
 
 
 def parser():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=HelpFormatter,
+                                     usage='%(prog)s [flags]')
     add = parser.add_argument_group('what to generate').add_argument
-    add('--out-dir', default='out-char-diffusion', help='folder of the checkpoint')
-    add('--checkpoint-name', default='ckpt.pt', help='file in it')
-    add('--num-samples', type=int, default=4, help='sequences to generate')
-    add('--sequence-length', type=int, default=0, help='tokens in a sequence (default: one block, or the template)')
-    add('--seed-text', default='', help='text that every sample contains')
-    add('--seed-placement', choices=('prefix', 'random'), default='prefix', help='where it stands')
-    add('--template', default='', help='text with blanks, such as "To be, ____ not": each _ is one token to fill, all '
-        'else is kept; @FILE reads it from a file. With a larger --sequence-length the text goes on behind it')
-    add('--blank', metavar='CHAR', help='character of the blanks; choose another for a template that '
-        'contains underscores: --blank "#" --template "snake_case ####" (default: _)')
-    add('--seed', type=int, default=1337, help='of the noise; -1 draws one')
+    add('--out-dir', default='out-char-diffusion', metavar='DIR', help='folder of the checkpoint')
+    add('--checkpoint-name', default='ckpt.pt', metavar='FILE', help='file in it')
+    add('--num-samples', type=int, default=4, metavar='N', help='sequences to generate')
+    add('--sequence-length', type=int, default=0, metavar='N',
+        help='tokens in each (default: a block, or the template)')
+    add('--seed-text', default='', metavar='TEXT', help='text that every sample contains')
+    add('--seed-placement', choices=('prefix', 'random'), default='prefix', metavar='WHERE',
+        help='prefix or random')
+    add('--template', default='', metavar='TEXT',
+        help='text with blanks, such as "To be, ____ not": each _ is one token to fill, all else is kept; @FILE '
+        'reads it from a file. A larger --sequence-length goes on behind it')
+    add('--blank', metavar='CHAR',
+        help='character of the blanks; for a template with underscores another: --blank "#" (default: _)')
+    add('--seed', type=int, default=1337, metavar='N', help='of the noise; -1 draws one')
     add = parser.add_argument_group('how to decode: order').add_argument
-    add('--iterations', type=int, help='forward passes over a block (default: 15)')
-    add('--plan', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
+    add('--iterations', type=int, metavar='N', help='forward passes over a window of one block; longer texts take '
+        'overlapping windows (default: 15)')
+    add('--plan', metavar='NAME', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
         '(default with a sampler: blocks; left-to-right where a flag asks to revise; else, and where text is given '
         'elsewhere than as a prefix, wavefront)')
-    add('--plan-passes', type=int, help='iterations that the plan takes; the others revise (default: 1, or all for a '
-        f'plan of any number: {", ".join(ANY_PASSES)})')
+    add('--plan-passes', type=int, metavar='N',
+        help=f'iterations that the plan takes, the others revise (default: 1, or all for {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
     add = parser.add_argument_group('how to decode: tokens').add_argument
-    add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
-    add('--end-temperature', type=float, help='of the last pass, reached evenly (default: --temperature)')
-    add('--top-p', type=float, default=1.0, help='keep the likeliest tokens up to this probability')
+    add('--temperature', type=float, default=0.8, metavar='T', help='0 takes the likeliest token')
+    add('--end-temperature', type=float, metavar='T', help='of the last pass (default: --temperature)')
+    add('--top-p', type=float, default=1.0, metavar='P', help='keep the likeliest tokens up to this probability')
     add = parser.add_argument_group('how to decode: revising').add_argument
-    add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio',
-        help='remask a share of the tokens, or those whose remask score is above --threshold')
-    add('--start-ratio', type=float, help='share remasked first (default: 0.95, below 8 iterations 0.7)')
-    add('--end-ratio', type=float, help='share remasked last (default: 0.05, below 8 iterations 0.1)')
-    add('--masking-ratios', type=ratios, help='shares after each pass but the last, such as 0.6,0.3,0.1')
-    add('--threshold', type=float, help='remask score from 0 to 1 above which a token is remasked (default: 0.9)')
-    add('--order', choices=('confidence', 'critic', 'random'),
-        help='what is remasked first (default: critic with a sampler and a critic head, else confidence)')
+    add('--schedule-mode', choices=('ratio', 'threshold'), default='ratio', metavar='MODE',
+        help='ratio remasks a share of the tokens, threshold those whose remask score is above --threshold')
+    add('--start-ratio', type=float, metavar='R', help='share remasked first (default: 0.95, below 8 iterations 0.7)')
+    add('--end-ratio', type=float, metavar='R', help='share remasked last (default: 0.05, below 8 iterations 0.1)')
+    add('--masking-ratios', type=ratios, metavar='R,R', help='shares after each pass but the last, such as 0.6,0.3,0.1')
+    add('--threshold', type=float, metavar='S',
+        help='remask score from 0 to 1 above which a token is remasked (default: 0.9)')
+    add('--order', choices=('confidence', 'critic', 'random'), metavar='NAME',
+        help='what is remasked first: confidence, critic, random (default: critic with a sampler and a critic head, '
+        'else confidence)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
-    add('--randomness-strength', type=float, default=0.0, help='of the annealed Gumbel noise on that order')
-    add('--corrections', type=int, default=0,
-        help='times that the sampler head resamples its worst tokens after each pass, without a forward pass')
-    add('--correction-ratio', type=float,
-        help='share that the first correction resamples, falling evenly (default: 0.6)')
+    add('--randomness-strength', type=float, default=0.0, metavar='X',
+        help='of annealed Gumbel noise on it (default: 0)')
+    add('--corrections', type=int, default=0, metavar='N',
+        help='times that the sampler head resamples its worst tokens after each pass (default: 0)')
+    add('--correction-ratio', type=float, metavar='R',
+        help='share that the first of them resamples, falling evenly (default: 0.6)')
     add = parser.add_argument_group('output').add_argument
     add('--animate', type=float, nargs='?', const=20.0, metavar='SPEED',
         help='show in the terminal how the first sample comes about, SPEED waves a second (20 unless given)')
-    add('--quality-metric', choices=('none', 'node', 'judge'),
-        help='score samples: node by the critic, judge by --judge-checkpoint-name (default: what there is)')
-    add('--judge-checkpoint-name', help='file in --out-dir, or a path; config/train_judge.py trains one')
+    add('--quality-metric', choices=('none', 'node', 'judge'), metavar='NAME', help='score samples: none, node by the '
+        'critic, judge by --judge-checkpoint-name (default: what there is)')
+    add('--judge-checkpoint-name', metavar='FILE',
+        help='file in --out-dir, or a path; config/train_judge.py trains one')
     add('--save', metavar='FILE', help='write samples and every step of their making as JSON; view.py shows it')
     add('--verbose', action='store_true', help='show the first sample after every pass')
     add('--no-progress', action='store_true', help='no bar, no lines')
     add = parser.add_argument_group('machine').add_argument
-    add('--batch-size', type=int, default=64, help='sequences decoded at a time')
-    add('--device', default='auto', help='auto, cuda, mps, cpu')
-    add('--dtype', default='auto', choices=('auto', *DTYPES), help='precision; auto is the fastest here')
+    add('--batch-size', type=int, default=64, metavar='N', help='sequences decoded at a time')
+    add('--device', default='auto', metavar='NAME', help='auto, cuda, mps, cpu')
+    add('--dtype', default='auto', choices=('auto', *DTYPES), metavar='NAME',
+        help='float32, bfloat16, float16, float64, or auto: the fastest here')
     return parser
 
 

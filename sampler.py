@@ -126,9 +126,10 @@ class SamplerHead(nn.Module):
 
         token_gates, state_gates (N, 3 S), biases included. Step by step what states does for a whole text.
         """
-        S = state.size(1)
-        reset, update = (token_gates[:, :2 * S] + state_gates[:, :2 * S]).sigmoid_().chunk(2, 1)
-        fresh = torch.addcmul(token_gates[:, 2 * S:], reset, state_gates[:, 2 * S:]).tanh_()
+        sizes = 2 * state.size(1), state.size(1)
+        (token_gates, token), (state_gates, before) = (z.split_with_sizes(sizes, 1) for z in (token_gates, state_gates))
+        reset, update = (token_gates + state_gates).sigmoid_().chunk(2, 1)
+        fresh = torch.addcmul(token, reset, before).tanh_()
         return torch.lerp(fresh, state, update)
 
     def forward(self, hidden, projected, around, tables, state=None):

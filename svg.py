@@ -6,8 +6,8 @@ Whoever asks for reduced motion sees the finished text.
 from html import escape
 from itertools import chain
 
-from animate import (FIRST, GIVEN, MASKED, MEANINGS, REMASKED, WAVE, Sequence, before_decoding, lay_out, pieces_of,
-                     runs_of)
+from animate import (CORRECTED, FIRST, GIVEN, MASKED, MEANINGS, REMASKED, WAVE, Sequence, before_decoding, lay_out,
+                     pieces_of, runs_of)
 from corpus import Tokenizer
 from errors import InputError
 
@@ -16,7 +16,10 @@ PER_SECOND, HOLD = 20, 40    # frames: waves in a second; how many the finished 
 COLUMNS = (72, 48)           # characters in a line, of one run and of two
 # Okabe and Ito's colours, which the colour-blind can tell apart, on white and on black: https://jfly.uni-koeln.de/color
 COLOURS = {MASKED: ('#8a8a84', '#77776f'), GIVEN: ('#1d1d1b', '#f2f0ea'), FIRST: ('#b35900', '#e69f00'),
-           WAVE: ('#0060a0', '#56b4e9'), REMASKED: ('#a03c78', '#e18fc0')}
+           WAVE: ('#0060a0', '#56b4e9'), CORRECTED: ('#007556', '#2fc79a'), REMASKED: ('#a03c78', '#e18fc0')}
+# told apart without colour, as in the terminal; text is not made bold where it changes, for that would move it
+MARKS = {GIVEN: 'font-weight:bold', FIRST: 'font-style:italic', CORRECTED: 'text-decoration:overline',
+         REMASKED: 'text-decoration:underline'}
 
 
 def animated(saves, sample=0):
@@ -35,7 +38,6 @@ def animated(saves, sample=0):
     drawn = [in_step(passes, lengths) for _, passes in panels]
     rows = max(len(lines) for frames in drawn for lines in frames)
     width = 2 * MARGIN + len(panels) * columns * CELL + (len(panels) - 1) * GAP
-    height = 2 * MARGIN + (rows + 3) * LINE
     stretches = {}    # {(first frame, frame after the last): [element]}
     for k, ((title, _), frames) in enumerate(zip(panels, drawn)):
         x = MARGIN + k * (columns * CELL + GAP)
@@ -43,13 +45,16 @@ def animated(saves, sample=0):
         for (row, column, text, kind), span in stretches_of(frames):
             stretches.setdefault(span, []).append(text_element(x + column * CELL, row + 1.5, text, kind))
     kinds = [kind for kind in COLOURS if any(f'class="{kind}"' in one for one in chain(*stretches.values()))]
-    x = MARGIN
+    x, row = MARGIN, rows + 2
     for kind in kinds:
-        stretches[0, n].append(text_element(x, rows + 2, MEANINGS[kind], kind))
+        if x > MARGIN and x + len(MEANINGS[kind]) * CELL > width - MARGIN:
+            x, row = MARGIN, row + 1
+        stretches[0, n].append(text_element(x, row, MEANINGS[kind], kind))
         x += (len(MEANINGS[kind]) + 2) * CELL
+    height = 2 * MARGIN + (row + 1) * LINE
     spans = sorted(stretches)
     body = '\n'.join(f'<g class="{class_of(span, n)}">{"".join(stretches[span])}</g>' for span in spans)
-    return f'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, x):g} {height:g}" role="img">
+    return f'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">
 <title>{escape(", ".join(title for title, _ in saves))}</title>
 <style>
 {style(spans, n)}
@@ -86,7 +91,7 @@ def stretches_of(frames):
         now = {(row, *run) for row, line in enumerate(lines) for run in runs_of(line)}
         for gone in [run for run in standing if run not in now]:
             yield gone, (standing.pop(gone), number)
-        for run in now:
+        for run in sorted(now):    # a set has another order in every process
             standing.setdefault(run, number)
 
 
@@ -104,7 +109,7 @@ def class_of(span, n):
 def style(spans, n):
     """Colours, and when each group of stretches is seen."""
     lines = ['text{font:14px ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre}',
-             '.title{font-weight:bold}', f'.{GIVEN}{{font-weight:bold}}', f'.{REMASKED}{{text-decoration:underline}}']
+             '.title{font-weight:bold}', *(f'.{kind}{{{mark}}}' for kind, mark in MARKS.items())]
     colours = COLOURS | {'page': ('#fff', '#16171a'), 'title': COLOURS[GIVEN]}
     light, dark = (''.join(f'.{name}{{fill:{pair[i]}}}' for name, pair in colours.items()) for i in (0, 1))
     lines += [light, f'@media(prefers-color-scheme:dark){{{dark}}}',

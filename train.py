@@ -44,7 +44,7 @@ from settings import check, help_text
 # -----------------------------------------------------------------------------
 # defaults: masked diffusion on tiny Shakespeare by character, the trunk alone
 # output
-out_dir = 'out'
+out_dir = 'out'             # folder of checkpoints and metrics.jsonl
 eval_interval = 250         # iterations between evaluations, each of which may save a checkpoint
 save_interval = 100         # iterations between checkpoints without an evaluation, to resume from; 0 is off
 stop_on_full_disk = False   # a checkpoint that cannot be written, as on a full disk, stops the run
@@ -56,8 +56,8 @@ checkpoint_name = 'ckpt.pt' # file in out_dir
 init_from = 'scratch'       # or 'resume': go on from the checkpoint in out_dir
 overwrite = False           # a new run may replace the checkpoint in out_dir, a resumed one begin a new best
 wandb_log = False           # needs pip install wandb
-wandb_project = 'masked-diffusion'
-wandb_run_name = 'run'
+wandb_project = 'masked-diffusion'    # its name there
+wandb_run_name = 'run'      # and that of the run
 # data
 dataset = 'shakespeare_char'     # a folder of data_dir
 offline_dataset = 'pydoc_char'   # in its place where dataset cannot be downloaded; '' stops instead
@@ -385,12 +385,12 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
 
 
 def log_losses(config, state, log, values, ms):
-    """The guide's line, and behind it how long the rest takes at this pace; and the figures for metrics.jsonl."""
-    it = state.iter_num
+    """The guide's line, and behind it the time left, without what later stages cost more; the figures."""
+    it, left = state.iter_num, duration((config.max_iters - state.iter_num) * ms / 1000)
     total = weighted(config, state.start_iter, it, values)
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f'iter {it}: loss {total:.4f} ({", ".join(f"{k} {v:.4f}" for k, v in values.items())}), time {ms:.2f}ms, '
-          f'{tokens / ms * 1000:,.0f} tokens/s, {duration((config.max_iters - it) * ms / 1000)} left', flush=True)
+          f'{tokens / ms * 1000:,.0f} tokens/s, {left} left at this pace', flush=True)
     rate = config.learning_rate * lr_factor(config, it)
     log.write({'iter': it, 'loss': total, 'ms': ms, 'learning_rate': rate} | values)
 

@@ -17,12 +17,14 @@ import zlib
 import numpy as np
 
 import svg
+from animate import PLACEHOLDER
 from corpus import Tokenizer
 from errors import InputError, run
 from files import require_file, write_atomically
+from progress import passes_text
 
 SCHEMA = 2                  # of the files that it reads
-MASKED, REMASKED = 1, 2     # bits of a position's flags in a pass, as view.html reads them
+MASKED, REMASKED, CORRECTED = 1, 2, 4    # bits of a position's flags in a pass, as view.html reads them
 # settings that change no sample, or that another one says
 UNSHOWN = {'save', 'animate', 'verbose', 'no_progress', 'disable_sampler', 'no_revise'}
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'view.html')
@@ -123,7 +125,7 @@ def pack(name, saved):
                         'quality': None if quality is None else f'{quality:.3f}'})
     pieces = pieces_of(ids.tolist(), saved)
     return {'name': name, 'facts': facts(saved), 'pieces': pieces, 'samples': samples,
-            'placeholder': '░' if saved['vocabulary']['kind'] == 'char' else '░░░',
+            'placeholder': PLACEHOLDER * (1 if saved['vocabulary']['kind'] == 'char' else 3),
             'blob': base64.b64encode(zlib.compress(blob, 9)).decode()}
 
 
@@ -135,16 +137,17 @@ def check(fine, what):
 def pass_arrays(one, mask_id):
     """tokens (n,), waves (n,) int64 and scores (n,), flags (n,) uint8 of a pass over a block of n positions."""
     tokens, before, waves = (np.array(one[name], np.int64) for name in ('output_unmasked', 'input_masked', 'wave'))
-    scores, remasked = np.array(one['remask_score'], float), np.array(one['remasked_indices'], np.int64)
-    n = len(waves)
+    scores, n = np.array(one['remask_score'], float), len(waves)
     check(tokens.shape == before.shape == waves.shape == scores.shape == (n,), 'length of a pass')
     check(((0 <= tokens) & (tokens <= mask_id)).all(), 'token')
     check(((0 <= waves) & (waves < 2 ** 16)).all(), 'wave')
     check(((0 <= scores) & (scores <= 1)).all(), 'remask_score')
-    remasked = remasked - one['block_start']
-    check(((0 <= remasked) & (remasked < n)).all(), 'remasked_indices')
     flags = np.where(before == mask_id, MASKED, 0).astype(np.uint8)
-    flags[remasked] |= REMASKED
+    corrected = one.get('corrected_indices', [])    # which files of older versions lack
+    for name, bit, indices in (('remasked', REMASKED, one['remasked_indices']), ('corrected', CORRECTED, corrected)):
+        at = np.array(indices, np.int64) - one['block_start']
+        check(((0 <= at) & (at < n)).all(), f'{name}_indices')
+        flags[at] |= bit
     return tokens, waves, np.round(255 * scores).astype(np.uint8), flags
 
 
@@ -162,17 +165,23 @@ def facts(saved):
     if qualities:
         judge = settings['judge_checkpoint_name']
         result.append(f'mean quality {sum(qualities) / len(qualities):.3f} by {judge or "the critic"}')
-    return result + ['by wavefront' if settings['use_sampler'] else 'naive',
-                     f'{saved["forward_passes"]} forward passes', f'{saved["waves"]} waves',
+    plan = '' if has_no_plan(settings) else f', plan {settings["plan"]}'
+    return result + [('sampler head' if settings['use_sampler'] else 'naive') + plan,
+                     passes_text(saved['forward_passes']), f'{saved["waves"]} waves',
                      f'{len(saved["samples"])} samples in {saved["seconds"]:.2f} s']
 
 
 # -----------------------------------------------------------------------------
 # settings
 
+def has_no_plan(settings):
+    """Naive decoding fills all at once unless another plan was asked for, whatever stands in the file."""
+    return settings.get('plan') is None or settings['plan'] == 'wavefront' and not settings['use_sampler']
+
+
 def setting_rows(runs):
     """One row for each setting that some run has: {'cells': [name, value of each run], 'differs': bool}."""
-    rows = []
+    rows, runs = [], [run | {'plan': None, 'plan_passes': None} if has_no_plan(run) else run for run in runs]
     for name in dict.fromkeys(name for settings in runs for name in settings):
         values = [settings.get(name) for settings in runs]
         if name not in UNSHOWN and any(value is not None for value in values):

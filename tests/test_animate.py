@@ -1,11 +1,13 @@
 """animate.py: states by hand, what fits a window, NO_COLOR, plain lines where there is no terminal."""
 import io
+import re
 
 import pytest
 from rich.console import Console
-from test_view import STATES, ids_of, one_pass, tiny
+from rich.text import Text
+from test_view import STATES, corrected, ids_of, one_pass, tiny
 
-from animate import Animation, Sequence, before_decoding, lay_out, pieces_of
+from animate import MEANINGS, STYLES, Animation, Sequence, before_decoding, in_rows, lay_out, pieces_of
 from corpus import Tokenizer
 
 SAVED = tiny()
@@ -36,6 +38,20 @@ def test_what_a_plan_leaves_to_later_passes_stays_masked():
     assert text_of(sequence) == 'hell' and sequence.left == 0
 
 
+def test_a_corrected_token_is_told_from_a_remasked_one():
+    sample = corrected()['samples'][0]
+    sequence, kinds = Sequence(before_decoding(sample, TOKENIZER.mask_id), TOKENIZER.mask_id), []
+    for one in sample['iterations']:
+        list(sequence.play(one))
+        kinds.append(sequence.kinds[1:4])
+    assert kinds == [['corrected', 'wave', 'first'], *[['corrected', 'wave', 'remasked']] * 2]
+    one = dict(sample['iterations'][0])
+    del one['corrected_indices']    # a file of before
+    old = Sequence(before_decoding(sample, TOKENIZER.mask_id), TOKENIZER.mask_id)
+    list(old.play(one))
+    assert old.kinds[1] == 'wave'
+
+
 def terminal(width=20, height=12):
     return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system='truecolor')
 
@@ -61,6 +77,30 @@ def test_no_color_is_respected(monkeypatch):
     assert '\x1b[7me' in out and '36m' not in out and '35m' not in out and '4m' in out    # but underlined
 
 
+def test_every_kind_can_be_told_without_colour(monkeypatch):
+    monkeypatch.setenv('NO_COLOR', '1')
+    shown = set()
+    for style in STYLES.values():
+        console = terminal()
+        console.print(Text('x', style=style), end='')
+        shown.add(console.file.getvalue())
+    assert len(shown) == len(STYLES) == 6
+
+
+@pytest.mark.parametrize('width', [30, 38, 80, 200])
+def test_no_word_of_the_legend_is_cut(width):
+    texts = [Text(meaning, style=STYLES[kind]) for kind, meaning in MEANINGS.items()]
+    rows = in_rows(texts, width)
+    assert all(row.cell_len <= width for row in rows) and (len(rows) == 1) == (width == 200)
+    assert '  '.join(row.plain for row in rows) == '  '.join(MEANINGS.values())
+    assert {span.style for row in rows for span in row.spans} | {row.style for row in rows} >= set(STYLES.values())
+    console = terminal(width, 24)
+    animation = Animation(ids_of('h_____'), TOKENIZER, 1000, console)
+    animation.sequence.kinds = list(STYLES)
+    console.print(animation.picture([], 1))
+    assert all(meaning in console.file.getvalue() for meaning in MEANINGS.values())
+
+
 @pytest.mark.parametrize('width, height', [(7, 6), (20, 5), (40, 24)])
 def test_it_fits_the_window_and_follows_what_is_filled(width, height):
     n = 300
@@ -75,7 +115,7 @@ def test_it_fits_the_window_and_follows_what_is_filled(width, height):
             shown.print(animation.picture(filled, number))
             lines = shown.file.getvalue().rstrip('\n').split('\n')
             assert len(lines) <= height and all(len(line.rstrip()) <= width for line in lines)
-            assert '\x1b[7' in console.file.getvalue(), 'what was just filled is within the window'
+            assert re.search(r'\x1b\[(3;)?7[m;]', console.file.getvalue()), 'what was just filled is within the window'
 
 
 def test_plain_lines_where_there_is_no_terminal():

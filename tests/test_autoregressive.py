@@ -71,9 +71,17 @@ def test_autocast_reaches_the_cache(model):
     assert (logits - exact).abs().max() < 2 * (whole - exact).abs().max() + 1e-3
 
 
-def test_lengths_beyond_the_block_are_refused(model):
-    with pytest.raises(AssertionError, match='block_size 24'):
-        autoregressive.generate(model, ids(1, 1), 26, [0], seed=0)
+@pytest.mark.parametrize('n, length', [(1, 25), (1, 26), (3, 70), (30, 60)])
+def test_beyond_the_block_the_window_slides(model, n, length):
+    """As a plain loop without a cache, whose window drops its first half when it is full: blocks of 24."""
+    first, start = ids(2, n), 0
+    x, u = first, uniform(5, TOKENS, range(2), 0, range(length))
+    for t in range(n, length):
+        if t - start > 24:
+            start = t - 12
+        logits = model.lm_head(model(x[:, start:]))[:, -1]
+        x = torch.cat((x, sample(logits, u[:, t])[:, None]), 1)
+    assert torch.equal(autoregressive.generate(model, first, length, range(2), seed=5), x)
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import time_to_loss
 import timing
 from conftest import tiny_model
 from decoding import default_config, generate
@@ -60,14 +62,20 @@ def test_one_command_writes_every_ratio(script, tmp_path):
     assert set(result['ratios']) == {*bench.RATIOS, 'wavefront_over_naive_15_memory_batch32'}
     missing = {name for name, value in result['ratios'].items() if value is None}
     assert missing == {'revising_over_naive_15_batch32'}, 'too slow for --quick'
+    assert 'corrected 4, batch 1' in result['rows'] and 'corrected 4, batch 32' not in result['rows']
     assert all(value >= 0 for name, value in result['ratios'].items() if name not in missing)
     rows = result['rows']
-    assert set(rows['stage 3']['seconds']) == {'total', 'forward', 'backward', 'optimizer'} == set(
-        rows['nanoGPT']['seconds'])
+    steps = {'total', 'forward', 'backward', 'optimizer'}
+    assert set(rows['stage 3']['seconds']) == steps | {'batch'} and set(rows['nanoGPT']['seconds']) == steps
     assert rows['wavefront 4, batch 32']['passes'] == 4 and rows['wavefront 4, batch 32']['steps'] == 16
     assert rows['naive 15, batch 1']['steps'] == 15 and rows['autoregressive, batch 1']['passes'] == 15
-    assert {'trunk', 'filling'} <= set(rows['wavefront 15, batch 1']['seconds'])
+    assert set(rows['wavefront 15, batch 1']['seconds']) == {'total', 'trunk', 'waves', 'sampling'}
+    assert set(rows['autoregressive, batch 1']['seconds']) == {'total', 'trunk', 'sampling'}
+    assert set(rows['corrected 4, batch 1']['seconds']) == {'total', 'trunk', 'waves', 'corrections', 'remasking',
+                                                            'sampling'}
+    assert all(0 < n for figures in rows.values() for n in figures['seconds'].values())
     assert 'stage 1' in out and 'few_over_naive_4_batch32' in out and 'torch' in out
+    assert 'of a matrix product\'s speed' in out and 'peak memory of naive 15, batch 32' in out
     assert 'using fused' not in out
 
 
@@ -94,11 +102,58 @@ def test_timing_parts_changes_no_token():
     plain = decoded()
     with bench.parts_timed(clock):
         assert torch.equal(decoded(), plain)
-    assert set(clock.seconds) == {'trunk', 'filling'}
+    assert set(clock.seconds) == {'trunk', 'waves', 'sampling'}
     assert torch.equal(decoded(), plain) and bench.Wavefront.fill.__name__ == 'fill'
 
 
+def test_what_a_part_calls_of_another_is_counted_once(monkeypatch):
+    """Waves of 3 seconds, of which sampling takes one; corrections fill too, and take as long."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: now[0])
+
+    def tick(seconds, inner=lambda: None):
+        now[0] += seconds
+        inner()
+    monkeypatch.setattr(bench.filling, 'sample', lambda: tick(1))
+    monkeypatch.setattr(bench.Wavefront, 'fill', lambda self: tick(2, lambda: bench.filling.sample()))
+    clock, filler = timing.Clock('cpu'), object.__new__(bench.Wavefront)
+    with bench.parts_timed(clock):
+        filler.fill()
+        filler.correct()
+    assert clock.seconds == {'waves': 2, 'sampling': 2, 'corrections': 2}
+
+
+def test_rows_of_the_full_run():
+    """Lengths beyond the block for every decoder, at batch 1 and 32."""
+    config = SimpleNamespace(device='cpu', dtype='float64')
+    rows = bench.decoding_rows(SimpleNamespace(quick=False), config, tiny_model(), tiny_model(
+        heads=False, attention_type='causal'))
+    assert {f'{name}, batch {B}, length 1024' for B in (1, 32) for name in (
+        'naive 15', 'wavefront 15', 'corrected 4', 'autoregressive')} <= set(rows)
+    assert {f'autoregressive, batch 1, length {n}' for n in (128, 512, 1024, 2048, 4096)} <= set(rows)
+    assert {*bench.MEMORY, *bench.FULL_MEMORY} <= set(rows)
+    assert [rows[f'{name}, batch 1'].decoder.corrections for name in ('corrected 4', 'revising 15')] == [8, 0]
+
+
+def test_seconds_to_a_bound_by_hand(script, tmp_path):
+    """10 ms an iteration up to 5, 20 from there on; what lies behind the last line takes as long as that line's."""
+    entries = [{'iter': 0, 'split': 'val', 'nelbo': 4.0}, {'iter': 0, 'ms': 10.0, 'loss': 4.0},
+               {'iter': 5, 'ms': 10.0, 'loss': 3.0}, {'iter': 8, 'split': 'train', 'nelbo': 2.0},
+               {'iter': 8, 'split': 'val', 'nelbo': 2.5}, {'iter': 10, 'ms': 20.0, 'loss': 2.0},
+               {'iter': 1016, 'split': 'val', 'nll': 2.25}]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
+    assert time_to_loss.training_seconds(entries, 0) == 0
+    assert time_to_loss.training_seconds(entries, 8) == pytest.approx(6 * 0.01 + 2 * 0.02)
+    assert time_to_loss.training_seconds(entries, 1016) == pytest.approx(6 * 0.01 + 1010 * 0.02)
+    status, out, err = script('bench.py', '--run', tmp_path, *SIZE)
+    assert status == 0, err
+    assert [line.split() for line in out.splitlines()[1:]] == [
+        ['0', '0.0', 's', 'nelbo', '4.0000'], ['8', '0.1', 's', 'nelbo', '2.5000'],
+        ['1016', '20.3', 's', 'nll', '2.2500']]
+
+
 @pytest.mark.parametrize('arguments, message', [
+    (['--run', 'nowhere'], "no 'nowhere/metrics.jsonl'"),
     (['--out-dir', 'README.md/out'], 'cannot write'), (['--nanogpt', '/nowhere'], '--nanogpt'),
     (['--n_layers=3'], 'n_layers')])
 def test_bad_input_is_one_line(script, arguments, message):

@@ -65,7 +65,8 @@ def test_decoding_and_likelihood_are_those_without_cache(passes, n_given, monkey
 
     def both():
         config = DecoderConfig(plan='blocks', plan_passes=passes, mask_ratios=(0.3,), order='critic')
-        return decode_block(model, x, free, config, range(3), range(T)), log_likelihood(model, texts(), plan)
+        return decode_block(model, x, free, config, range(3), range(T), wanted=['p_generated']), \
+            log_likelihood(model, texts(), plan)
     decoded, likelihood = both()
     monkeypatch.setattr('model.CachedTrunk', Uncached)
     plain, plain_likelihood = both()

@@ -33,7 +33,7 @@ def numbers_of(model, x0):
 def decoded(model, x0, free, config):
     """The passes of a decoding, as on_pass sees them."""
     steps = []
-    decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), steps.append)
+    decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), steps.append, wanted=['hidden'])
     return steps
 
 
@@ -115,11 +115,13 @@ def test_real_text_is_seen_as_if_the_decoder_had_drawn_it(kind, monkeypatch):
 
 def test_the_critic_is_shown_in_training_what_it_scores_in_decoding():
     """The last example of a pass has the text, views and positions that the decoder's critic then scores."""
-    model = tiny_model()
+    model, seed = tiny_model(), 0
     seen = []
     seed = seed_of(model, 'revised')
-    hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
     generated, real, mask, x0, free, _ = examples(model, 1, seed)
+    config = default_config(model, 1, prefix_only=bool(free.all()), revising=True, seed=derive(seed, 1))
+    hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
+    decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), wanted=['p_generated'])
     hook.remove()
     hidden, x, at, _ = seen[0]    # of the one pass of the decoder
     assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1])
@@ -134,7 +136,7 @@ def test_the_critic_is_shown_in_training_the_default_samples_that_it_scores():
     seen = []
     hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
     config = default_config(model, 4, seed=derive(seed, 1))
-    made = decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)))
+    made = decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), wanted=['p_generated'])
     hook.remove()
     (hidden, x, at, _), = seen
     assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1]) and torch.equal(made.x, x)

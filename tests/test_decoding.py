@@ -1,4 +1,5 @@
 """The decoder: schedules, remasking by hand, passes and corrections, blocks, and what every decoder must keep."""
+import collections
 import math
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from conftest import blank, masked_sequences, tiny_model
-from decoding import (DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios,
+from critic import CriticHead
+from decoding import (WANTED, DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios,
                       positions_to_remask)
 from noise import ORDER, gumbel, uniform
 from filling import Naive, Wavefront
@@ -143,6 +145,7 @@ def test_corrections_resample_a_share_of_what_a_pass_filled_and_cost_no_pass(ord
     for k in (0, 3, 6):
         filled = fills[k][0]
         assert all((filled | ~resampled[0]).all() for resampled in fills[k:k + 3]), 'what was kept is not touched'
+        assert torch.equal(steps[k // 3]['corrected'], fills[k + 1][0] | fills[k + 2][0])
     assert (x < model.mask_id).all()
     assert not torch.equal(x, spied(model, DecoderConfig(corrections=0, **settings))[0])
     assert all((step['wave'][step['xt'] != model.mask_id] == 0).all() for step in steps)
@@ -185,7 +188,7 @@ def test_remask_score_is_that_of_the_present_neighbours(use_sampler, order, corr
     steps, views = [], [None]
     model.register_forward_hook(lambda _, args, hidden: views.append(hidden))
     config = DecoderConfig(use_sampler=use_sampler, order=order, mask_ratios=(0.5, 0.4, 0.3), corrections=corrections)
-    decode_block(model, *blank(model), config, range(3), range(24), steps.append)
+    decode_block(model, *blank(model), config, range(3), range(24), steps.append, wanted=['hidden', 'remask_score'])
     everywhere = torch.ones(3, 24).bool().nonzero(as_tuple=True)
     with torch.no_grad():
         for step, hidden in zip(steps, views[1:]):
@@ -313,7 +316,7 @@ def test_long_sequences_keep_given_text_and_fill_the_rest():
     x[:, 30:33] = torch.tensor([1, 2, 3])
     free = x == model.mask_id
     config = DecoderConfig(mask_ratios=(0.5, 0.3))
-    decoded = generate(model, x, free, config, range(2))
+    decoded = generate(model, x, free, config, range(2), wanted=['p_generated'])
     assert decoded.x[:, 30:33].tolist() == [[1, 2, 3]] * 2 and (decoded.x < model.mask_id).all()
     assert decoded.passes == 3 * len(blocks(60, 24))
     assert (decoded.p_generated[:, 30:33] == 0).all() and (decoded.p_generated[free] > 0).all()
@@ -342,9 +345,29 @@ def test_what_is_decoded_does_not_depend_on_who_listens(plan, ratios, order):
     passes = 1 if plan == 'left-to-right' else 3
     config = DecoderConfig(plan=plan, plan_passes=passes, mask_ratios=ratios, order=order)
     alone = decode_block(model, *blank(model), config, range(3), range(24))
-    heard = decode_block(model, *blank(model), config, range(3), range(24), lambda step: None)
-    assert torch.equal(alone.x, heard.x)
-    torch.testing.assert_close(alone.p_generated, heard.p_generated, atol=1e-6, rtol=0)    # the critic's are float32
+    heard = decode_block(model, *blank(model), config, range(3), range(24), lambda step: None, wanted=WANTED)
+    assert torch.equal(alone.x, heard.x) and alone.p_generated is None and (heard.p_generated > 0).all()
+
+
+def counted(function, name, calls):
+    def call(*args):
+        calls[name] += 1
+        return function(*args)
+    return call
+
+
+@pytest.mark.parametrize('wanted, rescored, judged', [
+    ((), 0, 0), (['hidden'], 0, 0), (['remask_score'], 4, 4), (['p_generated'], 0, 1)])
+def test_what_nobody_wants_is_not_computed(wanted, rescored, judged, monkeypatch):
+    """Every pass rescored all tokens, ran the critic and copied the trunk's view for whoever wanted to count passes."""
+    model, calls, steps = tiny_model(), collections.Counter(), []
+    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name), name, calls))
+    config = DecoderConfig(plan='blocks', plan_passes=4, mask_ratios=(), order='critic')
+    decode_block(model, *blank(model), config, range(3), range(24), steps.append, wanted=wanted)
+    assert calls['rescore'] == rescored and calls['forward'] == judged
+    told = {'pass', 'start', 'xt', 'x', 'wave', 'remasked', 'corrected', *wanted} - {'p_generated'}
+    assert len(steps) == 4 and set(steps[0]) == told
 
 
 def test_the_recurrent_state_has_read_corrected_tokens(monkeypatch):

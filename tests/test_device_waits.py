@@ -6,6 +6,7 @@ import collections
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import blank, tiny_model
@@ -35,6 +36,33 @@ class Calls(TorchDispatchMode):
     def waits(self):
         return self.count['wait']
 
+    def __enter__(self):
+        self.copies = Copies(self.count)
+        self.copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.copies.__exit__(*error)
+
+
+class Copies(TorchFunctionMode):
+    """Counts what would wait for a copy between host and device, were the device another: on a CPU it costs nothing."""
+    MAKE = (torch.tensor, torch.as_tensor, torch.from_numpy)
+    MOVE = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        moves = function in self.MOVE and (function is not torch.Tensor.to or any(
+            isinstance(a, (torch.device, str, torch.Tensor)) for a in (*args[1:], *kwargs.values())))
+        made = function in self.MAKE and not isinstance(args[0], torch.Tensor)
+        self.count['wait'] += moves or made
+        return function(*args, **kwargs)
+
 
 def calls(model, config, length=T):
     with Calls() as found:
@@ -45,12 +73,14 @@ def calls(model, config, length=T):
 def test_the_count_sees_what_waits():
     x = torch.arange(4)
     for wait in (lambda: x.sum().item(), lambda: x[x > 1], lambda: (x > 1).nonzero(), lambda: x.unique(),
-                 lambda: bool(x.any()), lambda: x.masked_select(x > 1), lambda: x.bincount()):
+                 lambda: bool(x.any()), lambda: x.masked_select(x > 1), lambda: x.bincount(),
+                 lambda: x.to(torch.device('cpu')), lambda: x.to(device='cpu'), lambda: x.cpu(),
+                 lambda: torch.tensor([1], device=x.device), lambda: torch.as_tensor([1])):
         with Calls() as found:
             wait()
         assert found.waits
     with Calls() as found:
-        x[torch.tensor([0, 1])], x[1:], torch.where(x > 1, x, 0)
+        x[torch.arange(2)], x[1:], torch.where(x > 1, x, 0), x.to(torch.float32), torch.full((2,), 3)
     assert not found.waits
 
 
@@ -83,13 +113,40 @@ def test_filling_from_left_to_right_never_waits():
     assert found == [0] * 4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('plan, passes', [('blocks', 4), ('fronts-3', 1)])
+def test_a_gpu_is_never_waited_for(plan, passes):
+    """From the first pass to the last; the passes before have filled what is kept, such as layouts of blocks."""
+    model = tiny_model().float().cuda()
+    x, free = (z.cuda() for z in blank(model))
+    config = DecoderConfig(plan=plan, plan_passes=passes, mask_ratios=())
+    plain = Wavefront.fill_from_left
+    expected = decode_block(model, x, free, config, range(3), range(T)).x
+
+    def fill_from_left(*args):
+        torch.cuda.set_sync_debug_mode('error')    # until the last pass is over
+        return plain(*args)
+
+    def on_pass(step):
+        if step['pass'] == passes - 1:
+            torch.cuda.set_sync_debug_mode('default')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
+        try:
+            decoded = decode_block(model, x, free, config, range(3), range(T), on_pass)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    assert torch.equal(decoded.x, expected)
+
+
 @pytest.mark.parametrize('max_tabled', [8192, 0])
 def test_a_step_is_few_operations(max_tabled, monkeypatch):
-    """Each further position costs a fixed number of kernels: half of what it took when indices were made on the way."""
+    """Each further position costs a fixed number of kernels; 37 when each step gathered its neighbours."""
     monkeypatch.setattr(Wavefront, 'max_tabled', max_tabled)
     views = ('view', '_unsafe_view', 'select', 'slice', 'split', 'unbind', 't.', 'transpose', 'unsqueeze', 'squeeze',
-             'expand', 'detach', 'alias', 'permute', '_reshape_alias', 'split_with_sizes', 'scalar_tensor')
+             'expand', 'detach', 'alias', 'permute', '_reshape_alias', 'split_with_sizes', 'scalar_tensor',
+             'narrow', 'chunk', 'to.dtype')
     config = DecoderConfig(plan='left-to-right', mask_ratios=())
     kernels = [sum(n for name, n in calls(tiny_model(), config, length).count.items() if not name.startswith(views))
                for length in (12, T)]
-    assert (kernels[1] - kernels[0]) / 12 <= 38
+    assert (kernels[1] - kernels[0]) / 12 <= 27, kernels

@@ -1,10 +1,15 @@
-"""Every command in README and docs: its flags are known, and it runs (slow: a tiny model in place of the page's)."""
+"""Commands in README, docs and pretrained/README.md: their flags are known, and they run (slow: on a tiny model).
+
+Those of torchrun run as one process, and bench.py without nanoGPT, which is not here; make and pip do not run: their
+targets and files are there.
+"""
 import glob
 import os
 import re
 import shlex
 import shutil
 import string
+import subprocess
 
 import pytest
 
@@ -12,17 +17,20 @@ import corpus
 from conftest import ROOT, TINY, run_script
 from flags import parser_of
 
-PAGES = ['README.md', *sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, 'docs', '*.md')))]
+PAGES = ['README.md', 'pretrained/README.md',
+         *sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, 'docs', '*.md')))]
 PROGRAMS = ('python', 'torchrun', 'make', 'pip')
 PARSERS = {}
 
 
 def commands_of(page):
-    """The commands of a page, each a list of words: lines of fenced sh blocks, and lines that are indented."""
+    """The commands of a page, each a list of words: in fenced sh blocks, in lines that are indented, within a line."""
     with open(os.path.join(ROOT, page), encoding='utf-8') as f:
         text = f.read()
     blocks = re.findall(r'```sh\n(.*?)```', text, re.S) + re.findall(r'(?:^ {4}.*\n)+', text, re.M)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    prose = re.sub(r'```.*?```', '', text, flags=re.S)
+    lines += [' '.join(found.split()) for found in re.findall(rf'`((?:{"|".join(PROGRAMS)})\s[^`]+)`', prose)]
     parts = [part for line in lines if line.split() and line.split()[0] in PROGRAMS for part in line.split('&&')]
     return [shlex.split(part, comments=True) for part in parts]
 
@@ -35,7 +43,38 @@ def script_of(command):
 
 def test_there_are_commands():
     assert sum(map(len, map(commands_of, PAGES))) > 30
-    assert ['make', 'demo'] in commands_of('README.md')
+    assert ['make', 'demo'] in commands_of('README.md') and ['make', 'test-all'] in commands_of('README.md')
+    assert ['python', 'plot.py', 'out-char-diffusion'] in commands_of('docs/troubleshooting.md')    # within a line
+    (several,) = [command for command in commands_of('README.md') if command[0] == 'torchrun']
+    assert script_of(several) == ('train.py', ['config/train_char_diffusion_sampler.py'])
+
+
+def test_what_the_commands_write_is_ignored_by_git():
+    """decoding.svg, a.json and others lay about as untracked files."""
+    if not os.path.exists(os.path.join(ROOT, '.git')) or not shutil.which('git'):
+        pytest.skip('no git checkout')
+    written = {'bench.json'}
+    for words in (command for page in PAGES for command in commands_of(page) if script_of(command)):
+        for flag, value in zip(words, words[1:]):
+            written |= {value} if flag in ('--save', '-o') else {f'{value}/x'} if flag == '--out-dir' else set()
+        written |= {f'{word.partition("=")[2]}/x' for word in words if word.startswith('--out_dir=')}
+        written |= {words[-1]} if 'export.py' in words else set()
+        written |= {words[words.index(flag) + 1] for flag in words if flag.endswith('prepare.py')}
+    assert {'a.json', 'compare.html', 'decoding.svg', 'my_model.pt', 'my.txt', 'letters'} <= written
+    for name in sorted(written):
+        path = os.path.join(name, 'x') if name == 'letters' else name
+        done = subprocess.run(['git', 'check-ignore', '-q', '--no-index', path], cwd=ROOT)
+        assert done.returncode == 0, f'{name} is not in .gitignore'
+
+
+def test_no_line_of_prose_is_longer_than_120_characters():
+    """Tables and lines that are one command may be."""
+    for page in PAGES:
+        with open(os.path.join(ROOT, page), encoding='utf-8') as f:
+            long = [line for line in f.read().splitlines() if len(line) > 120 and not line.startswith(('|', '    '))]
+        assert not long, (page, long)
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        assert len(f.read().splitlines()) <= 120
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -49,9 +88,12 @@ def test_every_flag_is_known(page):
                     assert f'\n{command[1]}:' in f.read()
             else:
                 assert command[:3] == ['pip', 'install', '-r'] and os.path.exists(os.path.join(ROOT, command[3]))
+                assert command[4:] in ([], ['--extra-index-url', 'https://download.pytorch.org/whl/cpu'])
             continue
         script, args = script_of(command)
         assert os.path.exists(os.path.join(ROOT, script)), command
+        if args == ['--help']:
+            continue
         if script == 'train.py':
             configure(settings, [os.path.join(ROOT, a) if a.startswith('config/') else a for a in args])
         elif script != 'flags.py':

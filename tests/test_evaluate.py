@@ -326,8 +326,11 @@ def test_a_table_two_figures_and_a_file(evaluated, models, tmp_path):
     (['--decoders', 'oracle'], {}, '--decoders has oracle'), (['--seed', '-1'], {}, '--seed is -1'),
     (['--decoders', 'naive-remask', '--passes', '1'], {}, 'naive-remask nothing to do'),
     (['--temperatures', '0.8,-1'], {}, "'0.8,-1'"), (['--temperatures', 'nan'], {}, "'nan'"),
-    ([], {'checkpoint': 'nowhere'}, 'no checkpoint'), ([], {'evaluator': 'generator'}, 'not causal'),
-    ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'), (['--judge', 'nowhere.pt'], {}, 'no checkpoint')])
+    ([], {'checkpoint': 'nowhere'}, 'config/train_char_diffusion_sampler.py'),
+    ([], {'evaluator': 'nowhere'}, 'train one with python train.py config/train_char_ar.py'),
+    ([], {'evaluator': 'generator'}, 'not causal'),
+    ([], {'checkpoint': 'ar'}, 'autoregressive model, wanted'),
+    (['--judge', 'nowhere.pt'], {}, 'train one with python train.py config/train_judge.py')])
 def test_bad_input(evaluated, flags, models_of, message):
     status, _, err = evaluated(*flags, **models_of)
     assert status == 2 and message in err and err.count('\n') == 1

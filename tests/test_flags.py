@@ -19,5 +19,13 @@ def test_it_has_every_flag_and_setting():
         assert f'| `--{setting}` |' in text
 
 
+def test_every_flag_has_a_default_and_a_meaning():
+    """Cells were blank, out_dir's and those of Weights & Biases among them."""
+    with open(PAGE, encoding='utf-8') as f:
+        rows = [[cell.strip() for cell in line.strip('|\n').replace('\\|', '').split('|')] for line in f
+                if line.startswith('| `')]
+    assert len(rows) > 90 and not [row for row in rows if len(row) != 3 or not all(row)]
+
+
 def test_the_rows_of_a_table():
     assert row('--a', '`1`', 'what it does') == '| `--a` | `1` | what it does |'

@@ -85,6 +85,20 @@ def test_sampling_is_that_of_one_running_sum_in_float64(V, temperature):
     assert torch.equal(sample(logits, u, temperature), sample_in_float64(logits, u, temperature))
 
 
+@pytest.mark.parametrize('V', [66, 1024, 5000])
+@pytest.mark.parametrize('scale', [0.01, 2.0, 8.0])
+@pytest.mark.parametrize('top_p', [0.05, 0.9, 0.999])
+def test_the_nucleus_is_that_of_a_whole_sort(V, scale, top_p):
+    """Flat and steep distributions, so that a few, a thousand and nearly all tokens are in it: 300 draws, the same."""
+    logits = scale * torch.randn(300, V, generator=torch.Generator().manual_seed(V))
+    u = uniform(1, 0, [0], 0, range(300))[0]
+    prob = torch.softmax(logits.double(), -1)
+    likelier = (prob.sort(-1, descending=True)[0].cumsum(-1).gather(1, prob.argsort(-1, descending=True).argsort(-1))
+                - prob)
+    kept = prob.masked_fill(likelier >= top_p, 0).cumsum(-1)
+    assert torch.equal(sample(logits, u, 1.0, top_p), torch.searchsorted(kept, u[:, None] * kept[:, -1:])[:, 0])
+
+
 @pytest.mark.parametrize('V', [100, 5000])
 def test_the_tail_is_drawn_as_often_as_it_is_likely(V):
     """A token of probability 1e-9 has its 1e-9 of the random numbers: a running sum in float32 would lose it."""

@@ -66,6 +66,16 @@ def test_every_panel_has_every_run(drawn):
     assert labels == ['a', 'b', 'evaluated on val', 'evaluated on train', 'sampler begins', 'critic begins']
 
 
+def test_what_evaluations_tell_of_the_heads_and_the_loss_of_blocks(drawn):
+    run = [entry | ({'one_pass_nll': 1.5, 'critic_auc': 0.7} if 'split' in entry and entry['iter'] > 20 else
+                    {} if 'split' in entry else {'blocks': 1.0}) for entry in entries(last=90)]
+    axes = {axis.get_title(): axis for axis in drawn({'a': run}).axes}
+    assert list(axes)[:2] == ['main loss, nats', 'loss of blocks, nats'] and len(axes) == 8
+    for title, value in (('NLL of one pass with the head, nats per token', 1.5), ("critic's area under ROC", 0.7)):
+        assert [line.get_ydata().tolist() for line in lines(axes[title])] == [[value] * 3] * 2    # val and train
+    assert lines(axes['loss of blocks, nats'])[0].get_ydata().tolist() == [1.0] * 10
+
+
 def test_a_model_without_heads_beside_an_autoregressive_one(drawn):
     plain = entries(math.inf, math.inf)
     causal = [{'nll' if k == 'nelbo' else k: v for k, v in entry.items()} for entry in plain]

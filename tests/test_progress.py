@@ -27,4 +27,4 @@ def test_the_log_line_of_the_guide_ends_with_the_time_left(trained_once):
     assert len(lines) == 12
     for line in lines:
         assert re.fullmatch(rf'iter \d+: loss {number} \((\w+ {number}(, )?)+\), time \d+\.\d\dms, [\d,]+ tokens/s, '
-                            r'\d+ (s|min) left', line), line
+                            r'\d+ (s|min) left at this pace', line), line

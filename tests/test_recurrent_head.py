@@ -26,35 +26,40 @@ def config_of(name, passes, **changes):
 
 
 def shown_in_decoding(model, x, free, config):
-    """What decode_block gives the head when it fills from left to right, and its text.
+    """What the head's first layer has when decode_block fills from left to right, and its text.
 
-    Returns {(sequence, position): (view, projected, around, state)} of each position's first time, and x (B, T). The
-    view is logits, the state is as the features have it, and only neighbours on the left are there.
+    Returns {(sequence, position): (view, features, projected)} of each position's first time, and x (B, T). The view is
+    logits, features are the sum of all that the head sees, and projected is the part of it that no token decides.
     """
-    found, at, plain = {}, [], Wavefront.fill_from_left
+    found, at, plain, plain_logits = {}, [], Wavefront.fill_from_left, Wavefront.logits
 
     def fill_from_left(self, xt, mask, hidden, last, lanes, *rest):
-        starts, ends = ([getattr(lane, name) for lane in lanes] for name in ('start', 'end'))
-        for t in range(1, max(end - start for start, end in zip(starts, ends))):    # the first is not the head's
-            at.append([(b, min(start + t, end - 1)) for b in range(len(xt)) for start, end in zip(starts, ends)])
+        for t in range(1, max(lane.end - lane.start for lane in lanes)):    # the first is not the head's
+            places = [(b, min(lane.start + t, lane.end - 1)) for b in range(len(xt)) for lane in lanes]
+            projected = [self.head.project(hidden[b, i], None if last is None else last[b]) for b, i in places]
+            at.append((places, projected))
         return plain(self, xt, mask, hidden, last, lanes, *rest)
 
-    def before_head(head, args):
-        view, projected, around, _, from_state = args
-        if from_state is not None:    # else it rescores
-            for n, position in enumerate(at.pop(0)):
-                found.setdefault(position, (view[n], projected[n], around[n], from_state[n]))
-    handle = model.sampler_head.register_forward_pre_hook(before_head)
+    def logits(self, view, features=None):
+        if features is not None:
+            for n, (place, projected) in enumerate(zip(*at.pop(0))):
+                found.setdefault(place, (view[n].clone(), features[n].clone(), projected))
+        return plain_logits(self, view, features)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
+        patch.setattr(Wavefront, 'logits', logits)
         decoded = decode_block(model, x, free, config, range(len(x)), range(x.size(1)))
-    handle.remove()
     assert not at
     return found, decoded.x
 
 
+def features_of(head, wte, projected, around, state):
+    """The head's first layer by its parts: projected (N, H), around (N, 4) ids, state (N, S) -> (N, H)."""
+    return head.local(projected, around, head.local.tables(wte)) + head.state_proj(state)
+
+
 def shown_in_training(model, text, passes, seed):
-    """What the head's loss gives it for the same text: blocks if passes > 1; as above, for the positions drawn."""
+    """What the head's loss gives it for the same text: view and features, in blocks if passes > 1."""
     batch, seen = tiny_batch(model, len(text)), []
     batch.x0 = text
     with torch.no_grad():
@@ -66,13 +71,15 @@ def shown_in_training(model, text, passes, seed):
         handle.remove()
     hidden, projected, around, _, state = seen[0]
     assert (around[examples.state_of >= 0, 2:] == model.mask_id).all(), 'nothing on the right'
-    view, state = F.linear(hidden, model.unembedding), model.sampler_head.state_proj(state)
+    with torch.no_grad():
+        view = F.linear(hidden, model.unembedding)
+        features = features_of(model.sampler_head, model.wte.weight, projected, around, state)
     if passes > 1 and len(blocks.positions) != T // passes - 1:
         return {}    # a block of another size
     n_wave = int((examples.state_of < 0).sum())
     in_blocks = torch.arange(len(examples.targets)).sub(n_wave).remainder(T - 1 + len(blocks.positions)) >= T - 1
     shown = in_blocks == (passes > 1)
-    return {(position // T, position % T): (view[n], projected[n], around[n, :2], state[n])
+    return {(position // T, position % T): (view[n], features[n])
             for n, position in enumerate(examples.state_of.tolist()) if 0 <= position < text.numel() and shown[n]}
 
 
@@ -143,17 +150,21 @@ def test_states_are_those_of_the_finished_text_and_given_text_is_read(name, pass
     found, text = shown_in_decoding(model, x, free, config_of(name, passes))
     assert torch.equal(text[:, 10:14], x[:, 10:14]) and (text < model.mask_id).all()
     lanes = [lane for lanes in make_plan(name, T, passes).lanes for lane in lanes]
-    compared, other = 0, 0
+    compared, other, at = 0, 0, torch.arange(T)
     with torch.no_grad():
-        whole = head.state_proj(head.states(text, model.wte.weight))
+        whole = head.states(text, model.wte.weight)
         for lane in lanes:
-            states = head.state_proj(head.states(text[:, lane.read_from:lane.end], model.wte.weight))
+            states = head.states(text[:, lane.read_from:lane.end], model.wte.weight)
+            known = (at >= lane.start) | (lane.read_from < lane.start) | ~free    # of what lies on the left
             for b in range(3):
                 for i in range(lane.start + 1, lane.end):
-                    _, _, around, state = found[b, i]
-                    torch.testing.assert_close(state, states[b, i - lane.read_from], atol=1e-10, rtol=0)
+                    _, features, projected = found[b, i]
+                    near = [text[b, j] if j >= 0 and known[b, j] else model.mask_id for j in (i - 2, i - 1)]
+                    around = torch.tensor([[*near, model.mask_id, model.mask_id]])    # nothing on the right
+                    state = states[b, i - lane.read_from]
+                    right = features_of(head, model.wte.weight, projected[None], around, state[None])[0]
+                    torch.testing.assert_close(features, right, atol=1e-10, rtol=0)
                     compared, other = compared + 1, other + int((state - whole[b, i]).abs().max() > 1e-6)
-                    assert len(around) == 2 and around[1] == text[b, i - 1], 'nothing on the right'
     assert compared == 3 * (T - len(lanes))
     assert (other > 0) == name.startswith('fronts'), 'only a lane of its own has read less than the whole text'
 
@@ -214,7 +225,8 @@ def test_views_of_earlier_blocks_are_kept():
     The views of finished blocks became zeros with every further block, and with them what is remasked.
     """
     model, steps = tiny_model(), []
-    decode_block(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append)
+    decode_block(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append,
+                 wanted=['hidden', 'remask_score'])
     assert len(steps) == 4
     everywhere = torch.ones(3, T).bool().nonzero(as_tuple=True)
     seen = 0

@@ -1,12 +1,16 @@
 """sample_simple.py as a user runs it: every flag of the guide, the file that --save writes, and what it refuses."""
+import collections
 import json
 import re
 import shutil
 
 import pytest
+import torch
 
 import sample_simple
 from conftest import NO_HEADS, TINY
+from critic import CriticHead
+from filling import Wavefront
 
 
 def samples(out):
@@ -33,7 +37,7 @@ def test_every_flag_of_the_guide(sample, tmp_path):
     assert len(texts) == 3 and all(len(t) == 64 and 'the cat sat' in t for t in texts)
     assert len({t.index('the cat sat') for t in texts}) > 1
     assert re.search(r'3 samples of 64 tokens in [\d.]+ s: 1[12] forward passes, \d+ waves, [\d,]+ tokens/s', out)
-    assert 'mean quality 0.' in out and '--- pass 4' in out and 'by wavefront' in out
+    assert 'mean quality 0.' in out and '--- pass 4' in out and '░' in out and 'with the sampler head, plan' in out
 
 
 def test_naive_and_wavefront_are_a_paired_comparison(sample):
@@ -108,12 +112,66 @@ def test_saved_steps_tell_the_whole_story(sample, tmp_path):
             masked = [i for i, token in enumerate(following['input_masked']) if token == saved['mask_id']]
             assert masked == step['remasked_indices'] and len(step['wave']) == len(step['remask_score']) == 32
             assert all(0 <= score <= 1 for score in step['remask_score'])
+            assert step['corrected_indices'] == []
+
+
+def test_saved_steps_tell_which_tokens_were_corrected(sample, tmp_path):
+    """Of the second block too, whose positions count on; each was filled in that pass."""
+    sample('--num-samples', 1, '--iterations', 2, '--sequence-length', 64, '--corrections', 2, '--save',
+           tmp_path / 'o.json')
+    saved, seen = json.loads((tmp_path / 'o.json').read_text()), set()
+    for step in saved['samples'][0]['iterations']:
+        masked = {p for p, token in enumerate(step['input_masked'], step['block_start']) if token == saved['mask_id']}
+        assert step['corrected_indices'] and masked >= set(step['corrected_indices'])
+        seen |= set(step['corrected_indices'])
+    assert max(seen) > 32
+
+
+@pytest.mark.parametrize('flags, rescored, judged', [
+    (['--quality-metric', 'none'], 0, 0), ([], 0, 1), (['--no-progress', '--verbose'], 0, 1),
+    (['--save', 'o.json'], 4, 5)])
+def test_only_what_the_flags_show_is_computed(sample, tmp_path, monkeypatch, flags, rescored, judged):
+    """Four passes in blocks: scores are made after each of them to be saved, quality once; a bar needs neither."""
+    calls = collections.Counter()
+    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain, name=name: calls.update([name]) or plain(*args))
+    flags = [tmp_path / flag if flag == 'o.json' else flag for flag in flags]
+    shown = sample('--num-samples', 2, '--iterations', 4, '--order', 'critic', '--plan', 'blocks', '--plan-passes', 4,
+                   *flags)
+    assert calls['rescore'] == rescored and calls['forward'] == judged and ('quality' in shown) == (judged > 0)
 
 
 def test_plain_lines_where_there_is_no_terminal(script, trained_once):
-    flags = ['--iterations', 2, '--num-samples', 2]
-    _, _, err = script('sample_simple.py', '--out-dir', trained_once[0], *flags)
+    """A line for every tenth pass, with --verbose for every one: a pipe was full of them."""
+    flags = ['--out-dir', trained_once[0], '--num-samples', 2]
+    _, _, err = script('sample_simple.py', *flags, '--iterations', 12)
+    assert err.count('\n') == 1 and 'pass 10: ' in err
+    _, _, err = script('sample_simple.py', *flags, '--iterations', 2, '--verbose')
     assert re.search(r'samples 0-1, from token 0, pass 1: 50% left to fill', err) and '\r' not in err
+
+
+@pytest.mark.parametrize('flags, said', [
+    ([], 'with the sampler head, plan blocks, 15 forward passes, '),
+    (['--iterations', 1], 'with the sampler head, plan blocks, 1 forward pass, '),
+    (['--order', 'critic', '--iterations', 3], 'with the sampler head, plan left-to-right, 3 forward passes, '),
+    (['--disable-sampler', '--iterations', 2], 'naively, 2 forward passes, '),
+    (['--disable-sampler', '--plan', 'random', '--iterations', 2], 'naively, plan random, 2 forward passes, '),
+    (['--sequence-length', 64, '--iterations', 2], '2 forward passes over each of 3 windows, ')])
+def test_the_first_line_says_how_it_decodes(sample, flags, said):
+    """It said 'by wavefront' of text that is written from left to right."""
+    line = sample('--num-samples', 1, *flags).split('\n')[0]
+    assert said in line and ' wavefront' not in line
+
+
+def test_the_first_line_tells_what_the_iterations_count(sample, trained, script):
+    """The shipped model said 3000 of a trunk with 10,000."""
+    assert 'ckpt.pt: iteration 12, trained on toy; ' in sample('--num-samples', 1, '--iterations', 1)
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    saved['config']['freeze_trunk'] = True
+    torch.save(saved, trained / 'ckpt.pt')
+    _, out, _ = script('sample_simple.py', '--out-dir', trained, '--num-samples', 1, '--iterations', 1)
+    assert 'ckpt.pt: heads of iteration 12 on a finished trunk, trained on toy; ' in out
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -132,7 +190,7 @@ def test_plain_lines_where_there_is_no_terminal(script, trained_once):
     (['--schedule-mode', 'threshold', '--threshold', 1.5], '--threshold is 1.5'),
     (['--quality-metric', 'judge'], 'train_judge.py'),
     (['--quality-metric', 'node', '--judge-checkpoint-name', 'judge.pt'], 'both or neither'),
-    (['--judge-checkpoint-name', 'judge.pt'], "no checkpoint '.*judge.pt'")])
+    (['--judge-checkpoint-name', 'judge.pt'], "no checkpoint '.*judge.pt'; train one with .* config/train_judge.py")])
 def test_bad_input_is_one_line(sample, flags, message):
     err = sample(*flags, status=2)
     assert re.search(message, err) and err.count('\n') == 1 and 'Traceback' not in err
@@ -175,6 +233,16 @@ def test_the_guides_flags_go_together(flags):
 @pytest.mark.parametrize('flags', [['--order', 'sideways'], ['--iterations', 'many'], ['--no-such-flag']])
 def test_unknown_flags_and_words(sample, flags):
     assert 'usage' in sample(*flags, status=2)
+
+
+def test_help_fits_two_screens_of_80_columns(sample, monkeypatch):
+    """It had 126 lines."""
+    monkeypatch.setenv('COLUMNS', '80')
+    lines = sample('--help').splitlines()
+    assert 40 < len(lines) <= 90 and max(map(len, lines)) < 80 and lines[0] == 'usage: sample_simple.py [flags]'
+    groups = [line for line in lines if line.endswith(':') and not line.startswith(' ')]
+    assert groups == ['options:', 'what to generate:', 'how to decode: order:', 'how to decode: tokens:',
+                      'how to decode: revising:', 'output:', 'machine:']
 
 
 def test_help_tells_each_default_once(sample):

@@ -74,6 +74,21 @@ def test_fast_wavefront_equals_plain_loop(ratio):
         torch.testing.assert_close(prob, plain_prob, atol=1e-6, rtol=0)
 
 
+def test_tables_are_made_once_for_fixed_weights_and_never_stale():
+    """Kept from one decoding to the next; made anew for a model in training, and when other weights are loaded."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    assert Wavefront.of(model) is not Wavefront.of(model), 'weights that learn may change in ways nobody notices'
+    model.requires_grad_(False)
+    kept = Wavefront.of(model)
+    assert Wavefront.of(model) is kept
+    model.load_state_dict(other.state_dict())
+    loaded = Wavefront.of(model)
+    assert loaded is not kept and torch.equal(loaded.near, Wavefront(other).near)
+    assert Wavefront.of(model) is loaded
+    assert Wavefront.of(model.float()).near.dtype == torch.float32
+    assert Wavefront.of(other.requires_grad_(False)).head is other.sampler_head
+
+
 def test_tables_of_some_tokens_equal_the_whole_ones():
     model = tiny_model(vocab_size=200)
     local, wte = model.sampler_head.local, model.wte.weight
@@ -123,7 +138,8 @@ def test_a_changed_neighbour_changes_the_logits(offset):
 
     def logits(x):
         filler = Wavefront(model)
-        return filler.logits(filler.view(hidden), projected, filler.around(pad(x, 2, model.mask_id), at))
+        features = filler.features(projected, filler.around(pad(x, 2, model.mask_id), at))
+        return filler.logits(filler.view(hidden), features)
     changed, centre = x.clone(), x.clone()
     changed[0, 10 + offset] = (x[0, 10 + offset] + 1) % 11
     centre[0, 10] = (x[0, 10] + 1) % 11

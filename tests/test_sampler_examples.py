@@ -160,7 +160,8 @@ def decoded_from_blank(model, B, dtype=None):
         patch.setattr(Wavefront, 'fill', fill)
         patch.setattr(Wavefront, 'around', around)
         with torch.autocast('cpu', dtype or torch.bfloat16, enabled=dtype is not None):
-            decode_block(model, *blank(model, B), DecoderConfig(mask_ratios=()), range(B), range(24), steps.append)
+            decode_block(model, *blank(model, B), DecoderConfig(mask_ratios=()), range(B), range(24), steps.append,
+                         wanted=['remask_score'])
     assert (again >= 0).all()
     return steps[0]['x'], steps[0]['wave'] == 0, filled, again
 

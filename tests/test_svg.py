@@ -1,12 +1,17 @@
 """svg.py: frames by hand, text that cannot become markup, the command."""
 import json
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from test_view import STATES, driver, hostile, large, tiny    # noqa: F401 (a fixture)
+from test_view import STATES, corrected, driver, hostile, large, tiny    # noqa: F401 (a fixture)
 
 import svg
+from animate import MEANINGS
+from conftest import ROOT
 from errors import InputError
 
 SPACE = '{http://www.w3.org/2000/svg}'
@@ -47,6 +52,27 @@ def test_two_runs_go_on_in_step():
     assert text.count('>a<') == 1 and text.count('>b<') == 1 and 'prefers-reduced-motion' in text
 
 
+def test_the_same_file_gives_the_same_bytes(tmp_path):
+    """It went through sets, whose order differs from process to process."""
+    (tmp_path / 'a.json').write_text(json.dumps(corrected()))
+    made = []
+    for seed in ('1', '2'):
+        path = tmp_path / f'{seed}.svg'
+        subprocess.run([sys.executable, os.path.join(ROOT, 'view.py'), 'a.json', '-o', path], cwd=tmp_path, check=True,
+                       env=os.environ | {'PYTHONHASHSEED': seed}, stdout=subprocess.DEVNULL)
+        made.append(path.read_bytes())
+    assert made[0] == made[1]
+
+
+def test_every_kind_of_token_has_its_colour_and_a_place_in_the_legend():
+    text = svg.animated([('a', corrected())])
+    for kind in ('masked', 'given', 'first', 'wave', 'corrected', 'remasked'):
+        assert f'class="{kind}"' in text and f'.{kind}{{fill:' in text and f'>{MEANINGS[kind]}</text>' in text
+    width = float(re.search(r'viewBox="0 0 (\S+)', text)[1])
+    ends = [float(x) + len(body) * svg.CELL for x, body in re.findall(r'x="(\S+)" y="\S+" [^>]*>([^<]+)<', text)]
+    assert max(ends) <= width
+
+
 def test_hostile_text_stays_text():
     saved = hostile()
     text = svg.animated([('<script>', saved)])
@@ -70,7 +96,7 @@ def test_the_command(script, tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps(tiny()))
     status, out, err = script('view.py', tmp_path / 'a.json', '-o', tmp_path / 'x.svg')
     assert status == 0 and err == '' and 'x.svg' in out
-    assert 'by wavefront, 3 forward passes' in (tmp_path / 'x.svg').read_text()
+    assert 'sampler head, 3 forward passes' in (tmp_path / 'x.svg').read_text()
     broken = tiny()
     broken['samples'][0]['iterations'][0]['wave'] = [0]
     (tmp_path / 'b.json').write_text(json.dumps(broken))

@@ -23,9 +23,10 @@ def ids_of(text):
     return [MASK if c == '_' else CHARS.index(c) for c in text]
 
 
-def one_pass(iteration, start, before, after, wave, score, remasked=()):
+def one_pass(iteration, start, before, after, wave, score, remasked=(), corrected=()):
     return {'iteration': iteration, 'block_start': start, 'input_masked': ids_of(before),
-            'output_unmasked': ids_of(after), 'wave': wave, 'remask_score': score, 'remasked_indices': list(remasked)}
+            'output_unmasked': ids_of(after), 'wave': wave, 'remask_score': score, 'remasked_indices': list(remasked),
+            'corrected_indices': list(corrected)}
 
 
 def tiny(**settings):
@@ -123,6 +124,10 @@ def test_settings_that_differ():
     assert {row['cells'][0]: row['differs'] for row in rows} == {
         'iterations': True, 'use_sampler': False, 'seed_text': False, 'top_p': True}
     assert rows[0]['cells'] == ['iterations', '4', '2']
+    naive = data_of(page([('a', tiny(plan='blocks')), ('b', tiny(plan='wavefront', use_sampler=False))]))
+    assert {'cells': ['plan', 'blocks', '-'], 'differs': True} in naive['settings']    # it has no plan to speak of
+    decoders = [run['facts'][1:3] for run in naive['runs']]
+    assert decoders == [['sampler head, plan blocks', '3 forward passes'], ['naive', '3 forward passes']]
     texts = {0.30000001: '0.3', True: 'true', None: '-', 'a b': 'a b', (1.0, 0.5): '[1.0, 0.5]'}
     assert [setting_text(value) for value in texts] == list(texts.values()) and setting_text([1.0, 0.5]) == '1, 0.5'
     assert setting_text([0.9, 0.8, 0.7, 0.6, 0.5]) == '0.9, 0.8 … 0.5 (5 values)'
@@ -164,6 +169,8 @@ def damage(change):
     (damage(lambda s, p: p['remask_score'].__setitem__(0, 1.5)), 'remask_score'),
     (damage(lambda s, p: p['remask_score'].__setitem__(0, float('nan'))), 'remask_score'),
     (damage(lambda s, p: p.update(remasked_indices=[4])), 'remasked_indices'),
+    (damage(lambda s, p: p.update(corrected_indices=[4])), 'corrected_indices'),
+    (damage(lambda s, p: p.pop('remasked_indices')), 'KeyError'),
     (damage(lambda s, p: p.update(block_start=5)), 'out of range'),
     (damage(lambda s, p: s.update(samples=[])), 'ValueError'), (damage(lambda s, p: s.update(samples=7)), 'TypeError'),
     (damage(lambda s, p: s['samples'][0].update(quality='good')), 'damaged'),
@@ -216,9 +223,11 @@ def driver(tmp_path_factory):
 class Page:
     """The page of some files in the browser."""
 
-    def __init__(self, driver, path, saves):
+    def __init__(self, driver, path, saves, motion='reduce'):
         from selenium.webdriver.support.ui import WebDriverWait
         self.driver = driver
+        wish = {'name': 'prefers-reduced-motion', 'value': motion}    # else the page plays as soon as it is open
+        driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [wish]})
         path.write_text(page(saves), encoding='utf-8')
         driver.get_log('browser')
         driver.get(path.as_uri())
@@ -277,16 +286,16 @@ def opened(driver, tmp_path):
     """opened(a, b): the page of what --save wrote; no message may be in the browser's console at the end."""
     pages = []
 
-    def call(*saves):
-        pages.append(Page(driver, tmp_path / 'page.html', list(zip('ab', saves))))
+    def call(*saves, **wishes):
+        pages.append(Page(driver, tmp_path / 'page.html', list(zip('ab', saves)), **wishes))
         return pages[-1]
     yield call
-    assert [one.complaints() for one in pages] == [[]]
+    assert [one.complaints() for one in pages] == [[]] * len(pages)
 
 
 def test_the_slider_goes_through_waves_passes_and_blocks(opened):
     shown = opened(tiny())
-    assert shown.texts == STATES[-1:] and shown.last == len(STATES) - 1    # it opens at the end
+    assert shown.texts == STATES[-1:] and shown.last == len(STATES) - 1    # at the end, for no motion is wanted
     for step, text in enumerate(STATES):
         shown.slide(step)
         assert shown.texts == [text], step
@@ -342,6 +351,66 @@ def test_play_runs_to_the_end_and_stops(opened):
     assert 'Stop' in shown.text_of('#play')
     WebDriverWait(shown.driver, 10).until(lambda _: 'Play' in shown.text_of('#play'))
     assert shown.texts == STATES[-1:]
+
+
+def test_it_opens_at_the_start_and_plays_once(opened):
+    from selenium.webdriver.support.ui import WebDriverWait
+    shown = opened(tiny(), motion='no-preference')
+    step = lambda: int(shown.js('return document.getElementById("slider").value'))
+    assert step() < shown.last and 'Stop' in shown.text_of('#play')
+    WebDriverWait(shown.driver, 10).until(lambda _: 'Play' in shown.text_of('#play'))
+    assert step() == shown.last and shown.texts == STATES[-1:]
+
+
+def corrected():
+    """A pass whose e a correction drew again, in wave 3, and a later pass that fills the last l once more."""
+    saved = tiny()
+    saved['samples'][0]['iterations'] = [
+        one_pass(0, 0, 'h___', 'helx', [0, 3, 2, 0], [0, 0.1, 0.2, 0.9], [3], corrected=[1]),
+        one_pass(1, 0, 'hel_', 'hell', [0, 0, 0, 1], [0, 0.1, 0.2, 0.3]),
+        one_pass(0, 2, 'll__', 'llo\n', [0, 0, 1, 2], [0, 0, 0.5, 1.0])]
+    return saved
+
+
+def test_how_each_token_was_placed(opened):
+    shown = opened(corrected())
+    shown.choose('colour', 'kind')
+    colours = lambda: shown.js('return [...document.querySelector(".text").children].map(e => '
+                               'e.style.backgroundColor.replace(/[^0-9,]/g, ""))')
+    first, wave, again, remasked = '230,159,0', '86,180,233', '47,199,154', '225,143,192'
+    shown.slide(3)    # after the first pass
+    assert colours() == ['', again, wave, first, '', '', ''] and shown.marked('corrected') == [1]
+    shown.slide(shown.last)
+    assert colours() == ['', again, wave, remasked, wave, wave, ''] and shown.marked('corrected') == [1]
+    assert 'corrected by the sampler head' in shown.text_of('#kinds')
+    shown.press('.', '.')
+    assert shown.rows_of('#history')[1] == ['1', '3', '"e"', '0.10', 'filled, corrected']
+
+
+def test_a_run_of_one_wave_has_no_colour_for_it(opened):
+    naive = tiny(use_sampler=False)
+    for one in naive['samples'][0]['iterations']:
+        one['wave'] = [0] * len(one['wave'])
+    shown = opened(naive)
+    chosen = lambda: shown.js('return document.getElementById("colour").value')
+    assert chosen() == 'kind' and shown.coloured() == [1, 2, 3, 4, 5]
+    shown.choose('colour', 'wave')
+    assert shown.coloured() == [] and 'every pass has one wave' in shown.text_of('#low')
+    assert not shown.js('return document.getElementById("bar").checkVisibility()')
+    beside = opened(tiny(), naive)    # the other run keeps its colours
+    assert beside.coloured() == [1, 2, 3, 4, 5]
+    assert beside.js('return [...document.querySelectorAll(".text")[1].children].filter('
+                     'e => e.style.backgroundColor).length') == 0
+
+
+def test_scores_that_decide_nothing_say_so(opened):
+    kept = tiny()
+    kept['samples'][0]['iterations'] = kept['samples'][0]['iterations'][1:]
+    for saved, said in ((tiny(), False), (kept, True)):
+        shown = opened(saved)
+        shown.choose('colour', 'score')
+        assert ('never remasks' in shown.text_of('.now')) == said
+        assert ('nothing is remasked' in shown.text_of('#high')) == said
 
 
 def test_hover_shows_the_history_and_a_click_keeps_it(opened):

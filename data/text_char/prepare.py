@@ -20,8 +20,8 @@ def parser():
     parser = argparse.ArgumentParser(description='Prepare a corpus from any UTF-8 text.')
     parser.add_argument('path', help='the text file, or a folder of them')
     parser.add_argument('--name', default='text_char', help='of the corpus, a folder in data/ (default: text_char)')
-    parser.add_argument('--suffix', default='.txt', help='how the names of files end that a folder, and the folders in '
-                        'it, are searched for (default: .txt)')
+    parser.add_argument('--suffix', default='.txt', help='in a folder, read the files whose names end so, those of '
+                        'folders in it too (default: .txt)')
     parser.add_argument('--byte-pairs', action='store_true', help="GPT-2's byte pairs in place of characters")
     parser.add_argument('--data-dir', default=corpus.DATA_DIR, help='where corpora are kept (default: data/)')
     parser.add_argument('--overwrite', action='store_true', help='replace a corpus of another text')
