@@ -216,7 +216,8 @@ def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True,
         with evaluating(model):
             examples = sampler_examples(model, batch, blocks, sampler_rows, generator, augment)
         loss = sampler_loss(model.sampler_head, examples, model.wte.weight)
-        losses['sampler'] = batch.share.weigh(loss, len(examples.targets), examples.total)
+        losses['sampler'] = batch.share.weigh(loss, len(examples.targets), examples.total) + untaught(
+            model.sampler_head)    # its recurrent state may have nothing to read in one process
     if critic_rows:
         drawn = CRITIC_ITERATIONS[int(torch.randint(len(CRITIC_ITERATIONS), (), generator=generator))]
         with evaluating(model), whole(model):

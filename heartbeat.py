@@ -74,8 +74,9 @@ class Heartbeat(threading.Thread):
         """Say what happened to another process, once: the first does, or the second where it is the first. And end at
         once, for the main thread may wait for that process."""
         if self.rank <= 1:
-            print(f'error: process {other + 1} of {self.world} (rank {other}) {what}; the run ends, what it has saved '
-                  f'stays', file=sys.stderr)
+            with suppress(OSError):    # nobody may be there to read it
+                print(f'error: process {other + 1} of {self.world} (rank {other}) {what}; the run ends, what it has '
+                      f'saved stays', file=sys.stderr)
         self.tell(FAILED)
         os._exit(2)
 

@@ -71,11 +71,13 @@ def test_shared_micro_steps_equal_one_process(train, toy_data, tmp_path):
     assert_same_run(tmp_path / 'one', tmp_path / 'two', FIGURES)
 
 
-def test_heads_that_wait_and_sequences_that_one_process_has(train, toy_data, tmp_path):
-    """One sequence for the critic, in one process alone, in every other iteration."""
+@pytest.mark.parametrize('shard', [False, True])
+def test_heads_that_wait_and_sequences_that_one_process_has(train, toy_data, tmp_path, shard):
+    """One sequence for the critic, in one process alone, in every other iteration, and one text for the sampler head:
+    processes that divide the model would wait for the gradient of a recurrent state that had nothing to read."""
     changes = ['--dropout=0.0', '--muon_learning_rate=0.0', '--critic_rows=1', '--sampler_rows=1',
                '--critic_interval=2', '--block_rows=1']
-    start_together(toy_data, tmp_path / 'two', *changes)
+    start_together(toy_data, tmp_path / 'two', *changes, f'--shard={shard}')
     train(tmp_path / 'one', *SHORT, *changes)
     assert_same_run(tmp_path / 'one', tmp_path / 'two', FIGURES)
 
