@@ -140,7 +140,7 @@ def plot(entries, corpus, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
     styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
     lines = {'random': ':', 'interleaved': '--', 'blocks': '-', 'spans': '-.'}
     markers = {'left-to-right': '>', 'fronts-4': 'D', 'fronts-16': 'v', 'wavefront': '*'}    # of one pass
@@ -164,21 +164,22 @@ def plot(entries, corpus, path):
         axis.grid(alpha=0.3)
         name_what_is_above(axis, entries, key)
     axes[0].set_ylabel('bits per character')
-    axes[0].legend(fontsize=7, loc='upper right')
     figure.suptitle(f'{corpus}: exact likelihood of decoders on held-out text')
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='lower center', ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     figures.save(figure, path)
     plt.close(figure)
 
 
 def name_what_is_above(axis, entries, key):
-    """End the axis at HIGHEST times the lowest bits, and write what lies above at its edge: 'naive, random: 4.83'."""
+    """End the axis at HIGHEST times the lowest bits, and name at its edge what lies above: 'naive, 1 pass: 4.83'."""
     top = HIGHEST * min(e['bits_per_character'] for e in entries)
     axis.set_ylim(top=min(top, axis.get_ylim()[1]))
-    above = [e for e in entries if e['bits_per_character'] > top and e[key] is not None]
-    for number, e in enumerate(above):
-        axis.annotate(f'\u2191 {NAMES[e["decoder"]]}, {e["plan"]}: {e["bits_per_character"]:.2f}', (e[key], top),
-                      xytext=(3, -9 * (number + 1)), textcoords='offset points', fontsize=7, annotation_clip=False)
+    above = {f'\u2191 {NAMES[e["decoder"]]}, {e["passes"]} pass{"es" * (e["passes"] > 1)}: '
+             f'{e["bits_per_character"]:.2f}': e[key] for e in entries if e['bits_per_character'] > top and e[key]}
+    for number, (text, x) in enumerate(above.items()):    # in one pass every plan of naive decoding is the same
+        axis.annotate(text, (x, top), xytext=(0, -12 * (number + 1)), textcoords='offset points', fontsize=8,
+                      bbox=dict(facecolor='white', edgecolor='none', pad=1), annotation_clip=False)
 
 
 def write(evaluation, passes, out_dir, progress, identity, overwrite):

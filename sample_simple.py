@@ -48,7 +48,7 @@ def parser():
         help='tokens in each (default: a block, or the template)')
     add('--seed-text', default='', metavar='TEXT', help='text that every sample contains')
     add('--seed-placement', choices=('prefix', 'random'), default='prefix', metavar='WHERE',
-        help='prefix or random')
+        help='where: prefix or random')
     add('--template', default='', metavar='TEXT',
         help='text with blanks, such as "To be, ____ not": each _ is one token to fill, all else is kept; @FILE '
         'reads it from a file. A larger --sequence-length goes on behind it')

@@ -5,7 +5,7 @@ import re
 import pytest
 from rich.console import Console
 from rich.text import Text
-from test_view import STATES, corrected, ids_of, one_pass, tiny
+from saved_runs import STATES, corrected, ids_of, one_pass, tiny
 
 from animate import MEANINGS, STYLES, Animation, Sequence, before_decoding, in_rows, lay_out, pieces_of
 from corpus import Tokenizer

@@ -35,7 +35,7 @@ for name, free, config in (
         ('blocks', behind, default_config(model, 4))):
     clock = time.time()
     assert config.plan == ('blocks' if name == 'blocks' else 'wavefront')
-    decoded = decode_block(model, x, free, config, range(64), range(256))
+    decoded = decode_block(model, x, free, config, range(64), range(256), wanted=['p_generated'])
     assert (decoded.x < 50257).all() and torch.equal(decoded.x[~free], x[~free])
     assert (decoded.p_generated[free] > 0).all()
     print(f'{name} {peak() - before:.3f} {time.time() - clock:.1f}')

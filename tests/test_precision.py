@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import description
 import device
 from conftest import ROOT, checkpoint_in, masked_sequences, tiny_model
 from errors import InputError
@@ -34,11 +35,13 @@ def test_the_log_says_what_was_picked_and_a_resume_keeps_it(train, tmp_path, mon
     """A run stays in the precision that it began in, on a machine that would pick another too."""
     short = ['--dtype=auto', '--max_iters=1', '--eval_interval=1', '--start_sampler_iteration=1',
              '--start_critic_iteration=1']
-    monkeypatch.setattr(device, 'bfloat16_speedup', lambda: 3.0)
+    picked = lambda speedup: [monkeypatch.setattr(where, 'bfloat16_speedup', lambda: speedup)
+                              for where in (device, description)]
+    picked(3.0)
     log = train(tmp_path, *short)
     assert re.search(r'^bfloat16 on cpu, where bfloat16 is 3\.0 times as fast', log, re.M)
     assert checkpoint_in(tmp_path)['config']['dtype'] == 'bfloat16'
-    monkeypatch.setattr(device, 'bfloat16_speedup', lambda: 0.5)
+    picked(0.5)
     log = train(tmp_path, *short, '--max_iters=2', '--init_from=resume')
     assert re.search(r'^bfloat16 on cpu, where bfloat16 is 0\.5 times as fast', log, re.M)
     log = train(tmp_path / 'fresh', *short)

@@ -31,7 +31,7 @@ def computed():
             where = torch.tensor([0]), torch.tensor([position])
             around = filler.around(torch.nn.functional.pad(x, (filler.reach, filler.reach), value=model.mask_id), where)
             view = hidden[where]
-            return filler.logits(filler.view(view), filler.head.project(view), around)[0]
+            return filler.logits(filler.view(view), filler.features(filler.head.project(view), around))[0]
         trunk = model.lm_head(hidden)[0].float()
         found = {'transformer, first blank': trunk[at], 'transformer, second blank': trunk[at + 1],
                  'head, first blank': head(at, x)}

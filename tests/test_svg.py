@@ -7,7 +7,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from test_view import STATES, corrected, driver, hostile, large, tiny    # noqa: F401 (a fixture)
+from saved_runs import STATES, corrected, hostile, large, tiny
+from test_view_browser import driver    # noqa: F401 (a fixture)
 
 import svg
 from animate import MEANINGS

@@ -1,0 +1,45 @@
+"""likelihood_table.py: the table's words, and a figure that shows what is interesting and names the rest."""
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import pytest
+
+from likelihood_table import HIGHEST, name_what_is_above, plot, table
+
+
+def entry(decoder, plan, passes, bits, seconds=1.0):
+    return {'decoder': decoder, 'plan': plan, 'passes': passes, 'waves': passes, 'nats_per_token': bits * 0.6931,
+            'error': 0.01, 'bits_per_character': bits, 'seconds': seconds}
+
+
+ENTRIES = [entry('nelbo', 'random', 256, 2.3, None), entry('ar_baseline', 'left-to-right', 256, 2.0),
+           entry('naive', 'random', 1, 4.83), entry('naive', 'interleaved', 1, 4.83), entry('naive', 'random', 16, 2.4),
+           entry('wavefront', 'blocks', 4, 2.2)]
+
+
+@pytest.mark.parametrize('key', ['passes', 'seconds'])
+def test_a_point_beyond_the_axis_is_named(key):
+    """One pass of naive decoding took four fifths of the height."""
+    figure, axis = plt.subplots()
+    axis.plot([e[key] for e in ENTRIES[2:]], [e['bits_per_character'] for e in ENTRIES[2:]])
+    name_what_is_above(axis, ENTRIES, key)
+    assert axis.get_ylim()[1] == pytest.approx(HIGHEST * 2.0)
+    assert [text.get_text() for text in axis.texts] == ['\u2191 naive, 1 pass: 4.83']
+    name_what_is_above(axis, ENTRIES[4:], key)    # nothing is above: nothing more is said
+    assert len(axis.texts) == 1
+    plt.close(figure)
+
+
+def test_the_table_says_decoders_in_plain_words():
+    lines = table(ENTRIES).splitlines()[2:]
+    assert [line.split(' | ')[0].strip('| ') for line in lines] == [
+        'transformer alone (bound)', 'autoregressive, same size', 'naive', 'naive', 'naive', 'sampler head']
+
+
+def test_the_figure_is_written_with_the_same_words(tmp_path):
+    plot(ENTRIES, 'toy', str(tmp_path / 'x'))
+    assert (tmp_path / 'x.png').read_bytes()[:4] == b'\x89PNG' and not plt.get_fignums()
+    svg = (tmp_path / 'x.svg').read_text()
+    for word in ('sampler head, blocks', 'naive, random', 'transformer alone (bound)'):
+        assert f'<!-- {word} -->' in svg
