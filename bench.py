@@ -101,10 +101,12 @@ class Training:
     """The step of train.py in one of its stages, on random text."""
 
     def __init__(self, config, vocab_size, number):
-        self.config, self.number, self.share = config, number, Share(config.batch_size)
+        self.config, self.number = config, number
+        k = config.gradient_accumulation_steps    # of which one is run here
+        self.share = Share(k * config.batch_size, parts=k)
         quiet = SimpleNamespace(device=config.device, world=1, shards=False, print0=lambda text: None)
         self.corpus = RandomText(vocab_size)
-        self.state, self.objective = train.build(config, self.corpus, None, quiet, share=1)
+        self.state, self.objective = train.build(config, self.corpus, None, quiet, divisor=1)
         self.state.start_iter = dict.fromkeys(self.state.start_iter, 0)
         self.state.model.train()
         train.choose_trainable(config, self.state.model, number)

@@ -2,7 +2,7 @@
 from device import bfloat16_speedup
 
 
-def describe_run(config, corpus, state, micro_steps, share, world):
+def describe_run(config, corpus, state, micro_steps, divisor, world):
     """What a run with this train.State is, as the guide shows it."""
     counts = {part: sum(p.numel() for p in params) for part, params in state.model.parts().items()}
     total, sequences = sum(counts.values()), config.batch_size * config.gradient_accumulation_steps
@@ -17,7 +17,7 @@ def describe_run(config, corpus, state, micro_steps, share, world):
         f'{corpus.meta["name"]}: {corpus.meta["train_tokens"]:,} training tokens, {config.max_iters:,} iterations of '
         f'{sequences * config.block_size:,} tokens',
         f'global batch: {sequences} sequences = {plural(world, "process")} x '
-        f'{plural(micro_steps, "micro-step")} x {config.batch_size // share} sequences',
+        f'{plural(micro_steps, "micro-step")} x {config.batch_size // divisor} sequences',
         config.shard and f'weights, gradients and moments: divided among {plural(world, "process")}',
         f'{config.dtype} on {config.device}{speedup}; seed {config.seed}',
         'settings: ' + ' '.join(f'{k}={v}' for k, v in vars(config).items())]

@@ -141,8 +141,8 @@ def forward_blocks(trunk, model, x0, generator, share=None):
     weight = (1 + positions % size).float() ** -0.5
     loss = 0.5 * following.mean(1) + 0.25 * (masked * weight / weight.mean()).mean(1)    # (R,)
     view, last = views(hidden.detach(), layout)
-    later = positions % size > 0    # the first position of a block is the language-model head's
-    blocks = BlockBatch(x0, positions[later], view[:, later], last.repeat_interleave(size, 1)[:, later], share)
+    # the first position of a block is the language-model head's
+    blocks = BlockBatch(x0, positions[1:], view[:, 1:], last.expand(-1, size - 1, -1), share)
     return blocks, share.weigh(loss.sum(), 1, share.total)
 
 
@@ -168,7 +168,7 @@ class Given:
 def critic_examples(model, batch, n_sequences, seed, iterations):
     """Sequences as the shipped decoder fills and revises them, and the same ones of real text.
 
-    About n_sequences of the global batch are decoded: every other time from nothing by default, in blocks where the
+    About n_sequences of the global batch are decoded: half the time, by lot, from nothing by default, in blocks if the
     model has a sampler head, and taken as they stand at the end; else from their masks or, as often, from nothing by a
     decoder that revises, and taken after each of its passes. Each process takes its own. Of the real text the trunk
     sees what it would have seen had the decoder drawn the real tokens. Returns CriticExamples, or None where no

@@ -124,6 +124,8 @@ def leave(status=0):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def without_sync(module, last):

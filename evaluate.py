@@ -313,9 +313,7 @@ def main():
     args = arguments()
     with Processes(pick_device(args.device)) as processes, processes.first_speaks():
         ended_by = evaluate(args, processes)
-    status = 128 + ended_by if ended_by else 0
-    leave(status)
-    sys.exit(status)
+    leave(128 + ended_by if ended_by else 0)
 
 
 if __name__ == '__main__':

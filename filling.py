@@ -25,7 +25,7 @@ def small_products(hidden):
 
 
 class Naive:
-    """Fills every masked position from its own marginal; the methods are those of Wavefront."""
+    """Fills every masked position from its own marginal; fill and rescore are as those of Wavefront."""
     reach = 0    # a token's probability depends on no neighbour
 
     def __init__(self, model):

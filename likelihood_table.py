@@ -1,13 +1,14 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
-likelihood.json has 'identity', what the figures depend on, and 'entries', a list: decoder ('naive', 'wavefront',
-'ar_baseline', 'nelbo'), plan, passes, waves (sequential steps of filling), nats_per_token and its standard error over
-sequences, bits_per_character, seconds for a batch of samples at temperature 1.
+likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes, waves
+(sequential steps of filling), nats_per_token and its standard error over sequences, bits_per_character, seconds for a
+batch of samples at temperature 1. What they depend on is in likelihood_identity.json.
 """
 import json
 import math
 import os
 import time
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -198,6 +199,8 @@ def write(evaluation, passes, out_dir, progress, identity, overwrite):
     entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
     if not processes.master_process:
         return
+    with suppress(FileNotFoundError):    # never beside the identity of another
+        os.remove(f'{path}.json')
     write_atomically(f'{path}_identity.json', json.dumps({'identity': identity}, indent=1).encode())
     write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())
     plot(entries, evaluation.corpus.meta['name'], path)

@@ -48,15 +48,15 @@ def of_activations(config, tokens):
     return 2 * tokens * config.n_layer * 8 * config.n_embd
 
 
-def require_for_training(config, model_config, device, share, parts=1):
+def require_for_training(config, model_config, device, divisor, parts=1):
     """InputError where weights, gradients, moments and the activations of a micro-step, or evaluation, do not fit.
 
     parts: into how many processes divide weights, gradients and moments.
     """
-    tokens = config.batch_size // share * config.block_size
+    tokens = config.batch_size // divisor * config.block_size
     needed = of_model(skeleton(model_config)) // parts
     if not (config.eval_only or config.freeze_trunk):
         needed = 3 * needed + of_activations(config, tokens)
-    require(needed, device, f'the model with its optimizer and micro-steps of {config.batch_size // share} x '
+    require(needed, device, f'the model with its optimizer and micro-steps of {config.batch_size // divisor} x '
                             f'{config.block_size} tokens')
     require(8 * config.eval_rows * config.block_size, device, f'an evaluation with eval_rows={config.eval_rows}')

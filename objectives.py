@@ -25,7 +25,8 @@ class Objective(nn.Module):
     """forward(x0, seed, share, *rows) returns the losses, each weighed as a part of those of the global batch.
 
     x0: the sequences of an iteration that a batches.Share says; seed: of the iteration's noise; rows: as
-    schedules.rows_to_learn_from gives them. Dropout alone is drawn by each process for itself (train.py seeds it).
+    schedules.rows_to_learn_from gives them. Dropout, which train.py seeds, and a judge's examples alone are drawn by
+    each process for itself.
     """
     extra_tokens = 0    # that a training sequence has beyond block_size
 

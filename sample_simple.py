@@ -12,7 +12,6 @@ import environment    # before torch
 
 import argparse
 import os
-import sys
 
 from choices import ANY_PASSES, DTYPES, ONE_PASS
 from errors import InputError, run
@@ -201,9 +200,7 @@ def main():
     from generation import generate_text
     with Processes(pick_device(args.device)) as processes, processes.first_speaks():
         ended_by = generate_text(args, processes)
-    status = 128 + ended_by if ended_by else 0
-    leave(status)
-    sys.exit(status)
+    leave(128 + ended_by if ended_by else 0)
 
 
 if __name__ == '__main__':

@@ -122,6 +122,9 @@ def check_together(c):
     if c.trunk_checkpoint and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
         raise InputError(f'trunk_checkpoint is of a masked-diffusion model; with attention_type={c.attention_type} and '
                          f'model_mode={c.model_mode} wanted none')
+    if c.shard and c.add_critic_head and not c.add_sampler_head:
+        raise InputError('shard=True with a critic head and no sampler head: processes that decode nothing for the '
+                         'critic would not read along; wanted add_sampler_head=True too, or shard=False')
     if c.shard and c.dtype == 'float16':
         raise InputError('shard=True with dtype=float16: an overflow in one process would be unknown to the others; '
                          'wanted bfloat16 or float32')

@@ -120,11 +120,13 @@ def main():
     check(config)
     config.device = pick_device(config.device)
     with Processes(config.device, config.shard) as processes:
-        train(config, processes)
+        ended_by = train(config, processes)
+    if ended_by:
+        leave(128 + ended_by)
 
 
 def train(config, processes):
-    """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop."""
+    """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop. Returns as iterate."""
     corpus = processes.first_alone(lambda: load_or_prepare(config.dataset, config.offline_dataset, config.data_dir))
     corpus.check(config.block_size)
     writes = processes.master_process and not config.eval_only
@@ -137,17 +139,15 @@ def train(config, processes):
             config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
             check(config)
         config.dtype = processes.of_first(lambda: pick_dtype(config.dtype, config.device))
-        micro_steps, share = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
-        state, objective = build(config, corpus, saved, processes, share)
-        processes.print0(describe_run(config, corpus, state, micro_steps, share, processes.world))
+        micro_steps, divisor = share_batch(config.gradient_accumulation_steps, config.batch_size, processes.world)
+        state, objective = build(config, corpus, saved, processes, divisor)
+        processes.print0(describe_run(config, corpus, state, micro_steps, divisor, processes.world))
         with signals.noted() as stop:
             log = MetricsLog(config, saved) if processes.master_process else None
             ended_by = iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop)
     if log:
         log.close()
-    if ended_by:
-        leave(128 + ended_by)
-        sys.exit(128 + ended_by)
+    return ended_by
 
 
 def iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop):
@@ -174,13 +174,14 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
         evaluates = not ending and evaluation_is_due(config, it, saved)
         saves = it > start and (ending or save_is_due(config, it)) and not evaluates
         if evaluates or saves:
+            paused = time.time()
             check_finite(config, state, watch)
             if processes.master_process or processes.shards:
                 if evaluates:
                     evaluate_and_save(config, state, objective, corpus, log, current_stage, processes)
                 else:
                     save(config, state, corpus, processes)
-            clock, since = time.time(), it
+            clock += time.time() - paused    # log lines tell the time of training
         if ending:
             processes.print0(f'{signals.name_of(ending)} at iteration {it}; '
                              + (f'{state.saved} is saved; go on with: {signals.command_to_go_on("--init_from=resume")}'
@@ -205,7 +206,6 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
                     state.scaler.scale(loss).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / micro_steps
-
         norms = update(config, state)
 
         if not state.scaler.is_enabled():    # an overflow of float16 is the scaler's affair
@@ -234,13 +234,13 @@ class State:
     saved: str = ''          # the last checkpoint written or resumed from, for messages
 
 
-def build(config, corpus, saved, processes, share):
+def build(config, corpus, saved, processes, divisor):
     """State and objective of the run, on its device; a head that the checkpoint lacks is added fresh."""
     torch.manual_seed(config.seed)
     args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     model_config = GPTConfig(**args | {'vocab_size': corpus.meta['vocab_size']})
     parts = processes.world if processes.shards else 1
-    memory.require_for_training(config, model_config, processes.device, share, parts)
+    memory.require_for_training(config, model_config, processes.device, divisor, parts)
     model = GPT(model_config)
     generator = None
     if config.generator_checkpoint:

@@ -159,3 +159,17 @@ def test_processes_that_do_not_meet(monkeypatch):
         heartbeat.accepted(server, 3, b't' * 16)
     with pytest.raises(InputError, match=f'cannot be reached at port {port} of 127.0.0.1'):
         heartbeat.reached(['127.0.0.1'], port, b't' * 16, 1)
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_signal_to_one_process_saves_and_ends_both(toy_data, tmp_path, rank):
+    """The first to leave was taken for one that was killed, and the run ended with status 2."""
+    started = start_both('train.py', *TINY, f'--data_dir={toy_data}', f'--out_dir={tmp_path}', '--max_iters=100000')
+    end = time.time() + 60
+    while not (tmp_path / 'metrics.jsonl').exists() or (tmp_path / 'metrics.jsonl').read_text().count('\n') < 8:
+        assert time.time() < end
+        time.sleep(0.05)
+    started[rank].send_signal(signal.SIGTERM)
+    (out, err), (_, other) = (process.communicate(timeout=60) for process in started)
+    assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2, err + other
+    assert 'is saved; go on with: ' in out and 'is gone' not in err + other and (tmp_path / 'ckpt.pt').exists()

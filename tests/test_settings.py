@@ -95,3 +95,8 @@ def test_memory_is_counted_without_taking_any():
     assert all(p.device.type == 'meta' for p in memory.skeleton(config).parameters())
     with pytest.raises(InputError, match='a thing needs more than 1,000,000.0 GiB of memory, cpu has'):
         memory.require(10 ** 6 * 2 ** 30, 'cpu', 'a thing')
+
+
+def test_a_divided_critic_needs_the_sampler_head(refused, tmp_path):
+    """Processes that decode nothing for the critic read a blank sequence for the sampler head, all alike."""
+    assert 'no sampler head' in refused(tmp_path, '--shard=True', '--add_sampler_head=False')

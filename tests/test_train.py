@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+import time
 import types
 from types import SimpleNamespace
 
@@ -239,3 +240,18 @@ def test_one_batch_overfits(script, tmp_path):
 
 def test_an_out_dir_that_cannot_be_written(refused):
     assert "cannot write out_dir '/dev/null/x'" in refused('/dev/null/x')
+
+
+def test_log_lines_tell_the_time_of_training_alone(train, tmp_path, monkeypatch):
+    """A line straight after a save told the time of one iteration, of which the ten before it were said to be."""
+    real, skipped = time.time, [0.0]
+    monkeypatch.setattr(time, 'time', lambda: real() + skipped[0])
+    plain = objectives.DiffusionObjective.validate
+
+    def validate(*args):
+        skipped[0] += 1000    # an evaluation that takes long
+        return plain(*args)
+    monkeypatch.setattr(objectives.DiffusionObjective, 'validate', validate)
+    train(tmp_path, *NO_HEADS, '--log_interval=4', '--save_interval=3')
+    lines = [entry for entry in metrics_in(tmp_path) if 'ms' in entry]
+    assert [entry['iter'] for entry in lines] == [0, 4, 8] and all(entry['ms'] < 50_000 for entry in lines)
