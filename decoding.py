@@ -194,7 +194,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             if planned and plan.lanes and config.use_sampler and not j:
                 x, wave, made, state = filler.fill_from_left(*now, last, plan.lanes[i], *draw, state)
             elif j:
-                x, wave, made = filler.correct(*now, *draw)
+                x, wave, made = filler.correct(torch.where(later, model.mask_id, x), *now[1:], *draw)
             else:
                 x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned else None)
             wave_of = torch.where(resample_mask, steps + wave, wave_of)

@@ -124,9 +124,20 @@ class Wavefront:
                 start += size
         return x[:, reach:reach + T], wave, sum(size > 0 for size in sizes)
 
-    def correct(self, *args):
-        """Fill again, as fill, some of what stands, without a forward pass."""
-        return self.fill(*args)
+    def correct(self, x, mask, hidden, u, temperature, top_p):
+        """Draw again what stands at the positions of mask: the even ones, then the odd ones.
+
+        x (B, T) filled, the rest as in fill. Both direct neighbours of a position stand still while it is drawn, so the
+        head sees both sides, and there are two sequential steps, however many positions. Returns as fill.
+        """
+        x, odd = x.clone(), torch.arange(x.size(1), device=x.device) % 2
+        with small_products(hidden):
+            for parity in (0, 1):
+                at = (mask & (odd == parity)).nonzero(as_tuple=True)
+                view = hidden[at]
+                features = self.features(self.head.project(view), self.around(pad(x, self.reach, self.mask_id), at))
+                x[at] = self.draw(self.view(view), u[at], temperature, top_p, features)
+        return x, mask * odd, 2
 
     def fill_from_left(self, xt, mask, hidden, last, lanes, u, temperature, top_p, state=None):
         """Fill the positions of mask from left to right, in every lane at once.

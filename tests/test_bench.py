@@ -107,7 +107,7 @@ def test_timing_parts_changes_no_token():
 
 
 def test_what_a_part_calls_of_another_is_counted_once(monkeypatch):
-    """Waves of 3 seconds, of which sampling takes one; corrections fill too, and take as long."""
+    """Waves of 3 seconds, of which sampling takes one, and corrections of as much."""
     now = [0.0]
     monkeypatch.setattr(timing.time, 'perf_counter', lambda: now[0])
 
@@ -115,7 +115,8 @@ def test_what_a_part_calls_of_another_is_counted_once(monkeypatch):
         now[0] += seconds
         inner()
     monkeypatch.setattr(bench.filling, 'sample', lambda: tick(1))
-    monkeypatch.setattr(bench.Wavefront, 'fill', lambda self: tick(2, lambda: bench.filling.sample()))
+    for name in ('fill', 'correct'):
+        monkeypatch.setattr(bench.Wavefront, name, lambda self: tick(2, lambda: bench.filling.sample()))
     clock, filler = timing.Clock('cpu'), object.__new__(bench.Wavefront)
     with bench.parts_timed(clock):
         filler.fill()

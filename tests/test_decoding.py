@@ -126,10 +126,12 @@ def spied(model, config):
     """What a decoder from all masks filled, [(positions (B, T) bool, forward passes so far)], its text and passes."""
     passes, fills, steps = [], [], []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
-    plain = Wavefront.fill
+
+    def spy(plain):
+        return lambda self, xt, mask, *rest: fills.append((mask, len(passes))) or plain(self, xt, mask, *rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill', lambda self, xt, mask, *rest: fills.append((mask, len(passes))) or plain(
-            self, xt, mask, *rest))
+        patch.setattr(Wavefront, 'fill', spy(Wavefront.fill))
+        patch.setattr(Wavefront, 'correct', spy(Wavefront.correct))
         x = decode_block(model, *blank(model), config, range(3), range(24), steps.append).x
     hook.remove()
     return x, fills, steps
@@ -152,15 +154,17 @@ def test_corrections_resample_a_share_of_what_a_pass_filled_and_cost_no_pass(ord
 
 
 def test_temperature_goes_evenly_from_the_first_pass_to_the_last():
-    temperatures = []
-    plain = Wavefront.fill
+    temperatures, plain, correct = [], Wavefront.fill, Wavefront.correct
 
-    def fill(self, xt, mask, hidden, u, temperature, *rest):
-        temperatures.append(temperature)
-        return plain(self, xt, mask, hidden, u, temperature, *rest)
+    def spy(plain):
+        def fill(self, xt, mask, hidden, u, temperature, *rest):
+            temperatures.append(temperature)
+            return plain(self, xt, mask, hidden, u, temperature, *rest)
+        return fill
     model = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill', fill)
+        patch.setattr(Wavefront, 'fill', spy(plain))
+        patch.setattr(Wavefront, 'correct', spy(correct))
         config = DecoderConfig(temperature=0.8, end_temperature=0.2, mask_ratios=(0.5, 0.25), corrections=1)
         decode_block(model, *blank(model), config, range(3), range(24))
     assert temperatures == pytest.approx([0.8, 0.8, 0.5, 0.5, 0.2, 0.2])

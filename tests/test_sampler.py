@@ -11,15 +11,14 @@ from filling import Wavefront
 from sampler import first_positions, known_neighbors, pad, wave_numbers
 
 
-def plain_fill(model, xt, mask, hidden, u):
-    """The definition: position by position, wave by wave, reading each position's neighbours one at a time."""
-    head, mask_id, (B, T) = model.sampler_head, model.mask_id, xt.shape
+def plain_logits(model, hidden):
+    """The head's logits by its definition, for one position: a function of x (B, T), sequence and position."""
+    head, mask_id, T = model.sampler_head, model.mask_id, hidden.size(1)
     local, wte = head.local, model.wte.weight
 
     def layer_norm(v):
         return (v - v.mean(-1, keepdim=True)) / (v.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     normed = layer_norm(wte)
-    x, waves = xt.clone(), torch.zeros_like(xt)
 
     def logits_at(x, b, i):
         codes = [local.token_code(normed[x[b, i + offset]]) if 0 <= i + offset < T and x[b, i + offset] != mask_id
@@ -29,7 +28,13 @@ def plain_fill(model, xt, mask, hidden, u):
         gate, value = head.gate(h).split(h.numel())
         h = layer_norm(h + F.gelu(gate) * value)
         return model.lm_head(hidden[b, i] * (1 + head.scale(h)) + head.out(h))
+    return logits_at
 
+
+def plain_fill(model, xt, mask, hidden, u):
+    """The definition: position by position, wave by wave, reading each position's neighbours one at a time."""
+    logits_at, mask_id, (B, T) = plain_logits(model, hidden), model.mask_id, xt.shape
+    x, waves = xt.clone(), torch.zeros_like(xt)
     for b in range(B):
         if mask[b].all():
             n = max(1, round(model.config.sampler_min_neighbors_ratio * T))
@@ -72,6 +77,24 @@ def test_fast_wavefront_equals_plain_loop(ratio):
         assert torch.equal(torch.where(mask, wave, 0), plain_wave)
         assert steps == plain_wave.max() + 1, 'the blank sequence makes the wave 0'
         torch.testing.assert_close(prob, plain_prob, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_fast_corrections_equal_a_plain_loop():
+    """Even positions, then odd ones, token for token in float64; each reads the text as it was before its turn."""
+    model = tiny_model()
+    for seed in range(4):
+        x, _, mask = masked_sequences(seed=seed)
+        u, hidden = uniform(seed, 0, range(6), 0, range(24)), model(torch.where(mask, model.mask_id, x))
+        logits_at, plain = plain_logits(model, hidden), x.clone()
+        for parity in (0, 1):
+            before = plain.clone()
+            for b, i in mask.nonzero().tolist():
+                if i % 2 == parity:
+                    plain[b, i] = sample(logits_at(before, b, i)[None], u[b, i][None], 0.8, 0.95)[0]
+        fast, wave, steps = Wavefront(model).correct(x, mask, hidden, u, 0.8, 0.95)
+        assert torch.equal(fast, plain) and not torch.equal(fast, x) and steps == 2
+        assert torch.equal(fast[~mask], x[~mask]) and torch.equal(wave, mask * (torch.arange(24) % 2))
 
 
 def test_tables_are_made_once_for_fixed_weights_and_never_stale():
