@@ -1,5 +1,4 @@
 """The decoder: schedules, remasking by hand, passes and corrections, blocks, and what every decoder must keep."""
-import collections
 import math
 
 import numpy as np
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 from conftest import blank, masked_sequences, tiny_model
-from critic import CriticHead
 from decoding import (WANTED, DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios,
                       positions_to_remask)
 from noise import ORDER, gumbel, uniform
@@ -351,27 +349,6 @@ def test_what_is_decoded_does_not_depend_on_who_listens(plan, ratios, order):
     alone = decode_block(model, *blank(model), config, range(3), range(24))
     heard = decode_block(model, *blank(model), config, range(3), range(24), lambda step: None, wanted=WANTED)
     assert torch.equal(alone.x, heard.x) and alone.p_generated is None and (heard.p_generated > 0).all()
-
-
-def counted(function, name, calls):
-    def call(*args):
-        calls[name] += 1
-        return function(*args)
-    return call
-
-
-@pytest.mark.parametrize('wanted, rescored, judged', [
-    ((), 0, 0), (['hidden'], 0, 0), (['remask_score'], 4, 4), (['p_generated'], 0, 1)])
-def test_what_nobody_wants_is_not_computed(wanted, rescored, judged, monkeypatch):
-    """Every pass rescored all tokens, ran the critic and copied the trunk's view for whoever wanted to count passes."""
-    model, calls, steps = tiny_model(), collections.Counter(), []
-    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name), name, calls))
-    config = DecoderConfig(plan='blocks', plan_passes=4, mask_ratios=(), order='critic')
-    decode_block(model, *blank(model), config, range(3), range(24), steps.append, wanted=wanted)
-    assert calls['rescore'] == rescored and calls['forward'] == judged
-    told = {'pass', 'start', 'xt', 'x', 'wave', 'remasked', 'corrected', *wanted} - {'p_generated'}
-    assert len(steps) == 4 and set(steps[0]) == told
 
 
 def test_the_recurrent_state_has_read_corrected_tokens(monkeypatch):

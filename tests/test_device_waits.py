@@ -1,4 +1,4 @@
-"""What a pass of decoding asks of a device: fixed shapes, and nothing that the host must wait for.
+"""What a pass of decoding asks of a device: fixed shapes, nothing that the host must wait for or that nobody wants.
 
 Where a plan is followed, no shape and no branch depends on what was drawn, so a pass could be one CUDA graph.
 """
@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import blank, tiny_model
+from critic import CriticHead
 from decoding import DecoderConfig, decode_block, default_config
 from filling import Wavefront
 
@@ -150,3 +151,24 @@ def test_a_step_is_few_operations(max_tabled, monkeypatch):
     kernels = [sum(n for name, n in calls(tiny_model(), config, length).count.items() if not name.startswith(views))
                for length in (12, T)]
     assert (kernels[1] - kernels[0]) / 12 <= 27, kernels
+
+
+def counted(function, name, calls):
+    def call(*args):
+        calls[name] += 1
+        return function(*args)
+    return call
+
+
+@pytest.mark.parametrize('wanted, rescored, judged', [
+    ((), 0, 0), (['hidden'], 0, 0), (['remask_score'], 4, 4), (['p_generated'], 0, 1)])
+def test_what_nobody_wants_is_not_computed(wanted, rescored, judged, monkeypatch):
+    """Every pass rescored all tokens, ran the critic and copied the trunk's view for whoever wanted to count passes."""
+    model, calls, steps = tiny_model(), collections.Counter(), []
+    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name), name, calls))
+    config = DecoderConfig(plan='blocks', plan_passes=4, mask_ratios=(), order='critic')
+    decode_block(model, *blank(model), config, range(3), range(24), steps.append, wanted=wanted)
+    assert calls['rescore'] == rescored and calls['forward'] == judged
+    told = {'pass', 'start', 'xt', 'x', 'wave', 'remasked', 'corrected', *wanted} - {'p_generated'}
+    assert len(steps) == 4 and set(steps[0]) == told
