@@ -80,6 +80,9 @@ def arguments():
     check_range(f'--rounds is {args.rounds}', args.rounds, Range(1, 10 ** 4))
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
     check(config)
+    if not (config.add_sampler_head and config.add_critic_head):
+        raise InputError('a model without sampler and critic head has no such decoding and stages to time; wanted '
+                         '--config config/train_char_diffusion_sampler.py, or both heads')
     config.device = pick_device(config.device)
     config.dtype = pick_dtype(config.dtype, config.device)
     make_folder(args.out_dir)

@@ -72,7 +72,7 @@ class Processes:
     def wrap(self, module, some_wait=False):
         """module with gradients averaged over processes, its weights made equal; anew when other parameters train.
 
-        some_wait: some parameters are not used in every iteration, or not by every process.
+        some_wait: some parameters are not used in every iteration.
         """
         if self.world == 1 or self.shards or not any(p.requires_grad for p in module.parameters()):
             return module

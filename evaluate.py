@@ -39,7 +39,7 @@ from distributed import Processes, leave
 from errors import InputError, run
 from files import make_folder, write_atomically
 from judge import Judge
-from metrics import Reference, describe
+from metrics import LONG, Reference, describe
 from ngram import NGram
 from recipes import BASELINE, PASSES, QUICK, RECIPES, TEMPERATURES, joined, list_settings
 from settings import SEEDS, Range, check_range
@@ -65,6 +65,9 @@ class Evaluation:
 
     def open(self, args):
         """The results so far, the real text that samples are compared with, and the n-gram evaluator."""
+        if self.length < LONG:
+            raise InputError(f'samples of {self.length} tokens are too short to tell their diversity; wanted models of '
+                             f'block_size {LONG} or more, or --likelihood')
         self.open_results(args)
         # real text, and as much again for it to be compared with
         both = self.corpus.spread_rows('val', 2 * self.n, self.length)

@@ -268,7 +268,7 @@ def generate_text(args, processes):
     print('---')
     if scores:
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
-    print(f'{len(texts)} samples of {length} tokens in {seconds:.2f} s: {done.passes} forward passes, '
+    print(f'{len(texts)} samples of {length} tokens in {seconds:.2f} s: {passes_text(done.passes)}, '
           f'{done.waves} waves, {int(free[:len(texts)].sum()) / seconds:,.0f} tokens/s')
     if args.save and texts:
         samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,

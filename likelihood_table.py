@@ -39,6 +39,7 @@ COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits
 
 def list_decoders(model, passes):
     """(decoder, plan, passes) of every line: naive and with the head, each plan in the numbers of passes it takes."""
+    passes = [n for n in passes if n <= model.config.block_size]
     found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
     if model.sampler_head is not None:
         found += [('wavefront', plan, 1) for plan in ('wavefront', 'left-to-right', *(f'fronts-{n}' for n in FRONTS))]

@@ -16,7 +16,7 @@ def given_text(args, tokenizer, block_size):
     flag = '--template' if args.template else '--seed-text'
     try:
         if args.template:
-            ids = template_ids(read_template(args.template), args.blank, tokenizer)
+            ids = template_ids(read_template(args.template, args.blank), args.blank, tokenizer)
         else:
             ids = tokenizer.encode(args.seed_text)
     except InputError as error:
@@ -39,9 +39,10 @@ def given_text(args, tokenizer, block_size):
     return x, free
 
 
-def read_template(text):
+def read_template(text, blank):
     """The template, or that of the file which '@FILE' names, without the end of its last line."""
-    return read_text(text[1:]).removesuffix('\n') if text.startswith('@') else text
+    names_file = text.startswith('@') and blank != '@'
+    return read_text(text[1:]).removesuffix('\n') if names_file else text
 
 
 def template_ids(template, blank, tokenizer):

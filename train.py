@@ -165,7 +165,7 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
             processes.print0(f'stage {current_stage}: {describe_stage(config, current_stage)}')
             if not processes.shards:
                 choose_trainable(config, state.model, current_stage)
-            module = processes.wrap(objective, some_wait=current_stage > 1)
+            module = processes.wrap(objective, some_wait=current_stage == 3 and config.critic_interval > 1)
         set_learning_rates(config, state, it)
 
         # with several processes all have to agree, which is worth a message in iterations with a log line alone

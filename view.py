@@ -49,7 +49,7 @@ def main():
                          f'picture, such as decoding.svg')
     saves = [(path, read(path)) for path in args.files]
     made = picture(saves, args.sample) if args.output.endswith('.svg') else page(saves)
-    write_atomically(args.output, made.encode())
+    write_atomically(args.output, made.encode(errors='replace'))
     print(f'saved {args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, open it in a browser')
 
 

@@ -100,3 +100,9 @@ def test_help_does_not_wait_for_torch(tmp_path, command):
     env = os.environ | {'PYTHONPATH': str(tmp_path)}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert 'usage' in done.stdout + done.stderr and 'torch was' not in done.stderr
+
+
+def test_a_blank_of_its_own_may_come_first():
+    """--blank @ was taken for the name of a file."""
+    from prompts import read_template
+    assert read_template('@@ cat', '@') == '@@ cat'
