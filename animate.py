@@ -16,7 +16,7 @@ from rich.text import Text
 
 MASKED, GIVEN, FIRST, WAVE, REMASKED, CORRECTED = 'masked', 'given', 'first', 'wave', 'remasked', 'corrected'
 # how a token was placed; each can be told without colour too
-STYLES = {MASKED: 'dim', GIVEN: 'bold', FIRST: 'yellow italic', WAVE: 'cyan', CORRECTED: 'green bold underline',
+STYLES = {MASKED: 'dim', GIVEN: 'bold', FIRST: 'yellow italic', WAVE: 'cyan', CORRECTED: 'green italic underline',
           REMASKED: 'magenta underline'}
 MEANINGS = {MASKED: 'masked', GIVEN: 'given', FIRST: 'by the language-model head', WAVE: 'by the sampler head',
             CORRECTED: 'corrected by the sampler head', REMASKED: 'again, after remasking'}

@@ -17,9 +17,9 @@ COLUMNS = (72, 48)           # characters in a line, of one run and of two
 # Okabe and Ito's colours, which the colour-blind can tell apart, on white and on black: https://jfly.uni-koeln.de/color
 COLOURS = {MASKED: ('#8a8a84', '#77776f'), GIVEN: ('#1d1d1b', '#f2f0ea'), FIRST: ('#b35900', '#e69f00'),
            WAVE: ('#0060a0', '#56b4e9'), CORRECTED: ('#007556', '#2fc79a'), REMASKED: ('#a03c78', '#e18fc0')}
-# told apart without colour, as in the terminal; text is not made bold where it changes, for that would move it
-MARKS = {GIVEN: 'font-weight:bold', FIRST: 'font-style:italic', CORRECTED: 'text-decoration:overline',
-         REMASKED: 'text-decoration:underline'}
+# told apart without colour, as in the terminal
+MARKS = {GIVEN: 'font-weight:bold', FIRST: 'font-style:italic', REMASKED: 'text-decoration:underline',
+         CORRECTED: 'font-style:italic;text-decoration:underline'}
 
 
 def animated(saves, sample=0):

@@ -193,7 +193,7 @@ def test_a_run_of_one_wave_has_no_colour_for_it(opened):
         one['wave'] = [0] * len(one['wave'])
     shown = opened(naive)
     chosen = lambda: shown.js('return document.getElementById("colour").value')
-    assert chosen() == 'kind' and shown.coloured() == [1, 2, 3, 4, 5]
+    assert chosen() == 'age' and shown.coloured() == [1, 2, 3, 4, 5]
     shown.choose('colour', 'wave')
     assert shown.coloured() == [] and 'every pass has one wave' in shown.text_of('#low')
     assert not shown.js('return document.getElementById("bar").checkVisibility()')
