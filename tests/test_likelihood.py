@@ -50,14 +50,15 @@ def test_probabilities_of_all_texts_sum_to_one(name, passes, use_sampler):
 @pytest.mark.parametrize('name, passes, use_sampler, dtype', [
     *[(*plan, True, torch.float64) for plan in PLANS], ('blocks', 2, False, torch.float64),
     *[(*plan, dtype) for plan in [('blocks', 2, True), ('spans', 2, True), ('interleaved', 3, False)]
-      for dtype in (torch.float32, torch.bfloat16)]])
+      for dtype in (torch.float32, torch.bfloat16, torch.float16)]])
 def test_samples_have_the_likelihood_that_is_claimed(name, passes, use_sampler, dtype):
     """20,000 samples of the decoder against the 243 probabilities: a chi-squared test, at five standard deviations.
 
-    In bfloat16 as in training and decoding: by autocast.
+    In 16 bits as in training and decoding: by autocast.
     """
     model, n = tiny().to(torch.float64 if dtype == torch.float64 else torch.float32), 20000
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+    short = dtype in (torch.bfloat16, torch.float16)
+    with torch.no_grad(), torch.autocast('cpu', dtype if short else torch.bfloat16, enabled=short):
         plan = plan_for(model, name, passes)
         probability = log_likelihood(model, all_texts(), plan, use_sampler).sum(1).exp().numpy()
         config = DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=())
