@@ -6,6 +6,7 @@
 References:
 MaskGIT, filling in parallel and remasking the least confident with annealed noise: https://arxiv.org/abs/2202.04200
 ReMDM, remasking of tokens that were kept before: https://arxiv.org/abs/2503.00307
+top-probability margin, an order: https://arxiv.org/abs/2502.06768
 informed correctors, resampling without a further forward pass: https://arxiv.org/abs/2407.21243
 """
 import math
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from critic import remask_score
 from filling import Naive, Wavefront
-from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, numbers, uniform
+from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, margin, numbers, probability, uniform
 from plans import make_plan
 
 # -----------------------------------------------------------------------------
@@ -26,8 +27,9 @@ from plans import make_plan
 class DecoderConfig:
     """How to decode; every field but use_sampler and order means the same with and without the sampler head."""
     use_sampler: bool = True
-    order: str = 'confidence'       # what is remasked first: 'confidence', 'critic', 'random'
-    revise: bool = True             # kept tokens may be remasked later; random order never revises
+    order: str = 'confidence'       # what is remasked first: 'confidence', 'margin', 'critic', 'random'
+    revise: bool = True             # kept tokens may be remasked later; random order revises by remask_kept alone
+    remask_kept: float = 0.0        # in random order: share of the kept tokens that each pass remasks, ReMDM's sigma
     mask_ratios: tuple = (0.5,)     # share of the free positions that is remasked before each further pass
     threshold: float = 0.0          # above 0: remask scores above it, in place of mask_ratios, until there are none
     temperature: float = 1.0
@@ -104,7 +106,8 @@ def positions_to_remask(config, i, score, mask, free, sequences, positions):
 
     score (B, T) float in [0, 1], high for tokens to remask; mask (B, T) bool, positions filled in this pass; free
     (B, T) bool, all but given text. As MaskGIT does, the lowest log(1 - score) + strength * Gumbel are remasked, with a
-    strength that falls to 0; random order goes by the noise alone. Returns (B, T) bool.
+    strength that falls to 0. Random order goes by the noise alone, and as ReMDM does with a capped sigma it remasks
+    that share of what was kept, or all that the ratio leaves to remask if that is less. Returns (B, T) bool.
     """
     candidates = free if config.revise and config.order != 'random' else mask
     noise = gumbel(uniform(config.seed, ORDER, sequences, i, positions, score.device))
@@ -114,7 +117,12 @@ def positions_to_remask(config, i, score, mask, free, sequences, positions):
         keep = torch.log1p(-score.clamp(max=1 - 1e-12)) + strength * noise
     if config.threshold > 0:
         return candidates & (-torch.expm1(keep) > config.threshold)
-    return highest(-keep, candidates, (config.mask_ratios[i + 1 - config.plan_passes] * free.sum(1)).round())
+    n = (config.mask_ratios[i + 1 - config.plan_passes] * free.sum(1)).round()
+    if config.order == 'random' and config.remask_kept:
+        kept = free & ~mask
+        n_kept = torch.minimum(n, (config.remask_kept * kept.sum(1)).round())
+        return highest(-keep, kept, n_kept) | highest(-keep, mask, n - n_kept)
+    return highest(-keep, candidates, n)
 
 
 # -----------------------------------------------------------------------------
@@ -205,7 +213,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             stale = stale | resample_mask | changed
             if 'remask_score' in wanted or remasks or j < corrections:
                 at = (free & ~later & stale).nonzero(as_tuple=True)
-                prob = filler.rescore(x, at, hidden)
+                prob = filler.rescore(x, at, hidden, margin if config.order == 'margin' else probability)
                 score[at] = 1 - prob
                 if config.order == 'critic':
                     score[at] = remask_score(prob, critic(hidden, x, at, model.wte.weight))

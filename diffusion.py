@@ -161,7 +161,7 @@ class Given:
     def fill_from_left(self, xt, mask, *_):
         return *self.fill(xt, mask), None
 
-    def rescore(self, x, at, hidden):
+    def rescore(self, x, at, *_):
         return torch.ones(len(at[0]), dtype=torch.float64, device=x.device)
 
 

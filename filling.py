@@ -38,9 +38,9 @@ class Naive:
             x[now] = sample(self.lm_head(hidden[now]), u[now], temperature, top_p)
         return x, torch.zeros_like(xt), 1
 
-    def rescore(self, x, at, hidden):
+    def rescore(self, x, at, hidden, by=probability):
         parts = [(at[0][part], at[1][part]) for part in pieces(len(at[0]), self.vocab_size)]
-        return torch.cat([probability(self.lm_head(hidden[now]), x[now]) for now in parts])
+        return torch.cat([by(self.lm_head(hidden[now]), x[now]) for now in parts])
 
 
 class Wavefront:
@@ -222,8 +222,8 @@ class Wavefront:
         score = score.index_copy(0, blank, torch.cat(found).view(-1, mask.size(1)))
         return first_positions(mask, score, self.first_ratio)
 
-    def rescore(self, x, at, hidden):
-        """Probability of tokens given their present neighbours on both sides.
+    def rescore(self, x, at, hidden, by=probability):
+        """Probability of tokens given their present neighbours on both sides, or noise.margin there.
 
         x (B, T) filled; at: sequences and positions (N,); hidden (B, T, C) as the trunk last saw each position masked,
         so this costs no forward pass. Returns (N,) float64.
@@ -232,7 +232,7 @@ class Wavefront:
             hidden = hidden[at]
             view, projected = self.view(hidden), self.head.project(hidden)
             features = self.features(projected, self.around(pad(x, self.reach, self.mask_id), at))
-            return torch.cat([probability(self.logits(view[part], features[part]), x[at[0][part], at[1][part]])
+            return torch.cat([by(self.logits(view[part], features[part]), x[at[0][part], at[1][part]])
                               for part in pieces(len(view), len(self.wte))])
 
     def around(self, padded, at):

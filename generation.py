@@ -57,8 +57,8 @@ def decoder_config(args, model, path, prefix_only=True):
     config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), seed=args.seed,
                             top_p=args.top_p, temperature=args.temperature, end_temperature=args.end_temperature,
                             revise=not args.no_revise, randomness_strength=args.randomness_strength,
-                            corrections=args.corrections, correction_ratio=args.correction_ratio,
-                            threshold=args.threshold or 0.0, **given)
+                            remask_kept=args.remask_kept, corrections=args.corrections,
+                            correction_ratio=args.correction_ratio, threshold=args.threshold or 0.0, **given)
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
     if config.plan != 'wavefront' and args.seed_text and args.seed_placement == 'random':
@@ -268,7 +268,7 @@ def generate_text(args, processes):
     print('---')
     if scores:
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
-    print(f'{len(texts)} samples of {length} tokens in {seconds:.2f} s: {passes_text(done.passes)}, '
+    print(f'{len(texts)} sample{"s" * (len(texts) != 1)} of {length} tokens in {seconds:.2f} s: {passes_text(done.passes)}, '
           f'{done.waves} waves, {int(free[:len(texts)].sum()) / seconds:,.0f} tokens/s')
     if args.save and texts:
         samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,

@@ -124,3 +124,9 @@ def invert(weight, u):
 def probability(logits, ids):
     """Probability of ids (N,) under logits (N, V) at temperature 1, (N,)."""
     return torch.softmax(exact(logits), -1).gather(-1, ids[:, None])[:, 0]
+
+
+def margin(logits, ids=None):
+    """By how much the likeliest token is more probable than the second, whatever ids are: logits (N, V) -> (N,)."""
+    two = torch.softmax(exact(logits), -1).topk(min(2, logits.size(-1))).values
+    return two[:, 0] - two[:, 1:].sum(-1)

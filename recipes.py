@@ -22,7 +22,10 @@ RECIPES = {
     'naive-random': Recipe(dict(use_sampler=False, order='random'), fewest=1),             # ancestral, MDLM's
     'naive-confidence': Recipe(dict(use_sampler=False, order='confidence', revise=False),  # MaskGIT's
                                schedules=('cosine', '0.95-0.05'), noises=(6.0, 2.0)),
-    'naive-remask': Recipe(dict(use_sampler=False, order='confidence', revise=True),       # as ReMDM: kept ones compete
+    'naive-margin': Recipe(dict(use_sampler=False, order='margin', revise=False)),         # top-probability margin
+    'naive-remdm': Recipe(dict(use_sampler=False, order='random'),                         # ReMDM's with a capped sigma
+                          schedules=('cap-0.04', 'cap-0.01', 'cap-0.2')),
+    'naive-remask': Recipe(dict(use_sampler=False, order='confidence', revise=True),       # and kept ones compete
                            schedules=('0.4-0.01', '0.95-0.05'), noises=(2.0, 6.0)),
     'naive-planned': Recipe(dict(use_sampler=False), schedules=('interleaved',)),
     # with it
@@ -62,6 +65,8 @@ class Setting:
             passes = dict(plan=self.schedule, plan_passes=self.passes, mask_ratios=())
         else:
             passes = dict(mask_ratios=tuple(mask_ratios(self.schedule, self.passes)))
+        if self.schedule.startswith('cap-'):
+            passes['remask_kept'] = float(self.schedule.removeprefix('cap-'))
         return DecoderConfig(temperature=self.temperature, randomness_strength=self.noise, seed=seed, **passes,
                              **RECIPES[self.decoder].config)
 
@@ -69,9 +74,10 @@ class Setting:
 def mask_ratios(schedule, passes):
     """Share remasked after each pass but the last.
 
-    'even' fills as many positions in each pass, 'cosine' is MaskGIT's, '0.7-0.1' falls linearly from one to the other.
+    'even' fills as many positions in each pass, and so does 'cap-0.04', with a share of the kept ones remasked;
+    'cosine' is MaskGIT's, '0.7-0.1' falls linearly from one to the other.
     """
-    if schedule == 'even':
+    if schedule == 'even' or schedule.startswith('cap-'):
         return [1 - (i + 1) / passes for i in range(passes - 1)]
     if schedule == 'cosine':
         return [math.cos(math.pi / 2 * (i + 1) / passes) for i in range(passes - 1)]

@@ -22,7 +22,7 @@ RANGES = {
     'seed': Range(-1, SEEDS.high), 'iterations': Range(1, 10 ** 5), 'plan_passes': Range(1, 10 ** 5),
     'temperature': Range(0), 'end_temperature': Range(0), 'top_p': Range(1e-6, 1), 'start_ratio': SHARES,
     'end_ratio': SHARES, 'threshold': Range(1e-6, 1), 'corrections': Range(0, 10 ** 4), 'correction_ratio': SHARES,
-    'randomness_strength': Range(0, 10 ** 6), 'animate': Range(0.1, 1000)}
+    'remask_kept': SHARES, 'randomness_strength': Range(0, 10 ** 6), 'animate': Range(0.1, 1000)}
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -75,10 +75,12 @@ def parser():
     add('--masking-ratios', type=ratios, metavar='R,R', help='shares after each pass but the last, such as 0.6,0.3,0.1')
     add('--threshold', type=float, metavar='S',
         help='remask score from 0 to 1 above which a token is remasked (default: 0.9)')
-    add('--order', choices=('confidence', 'critic', 'random'), metavar='NAME',
-        help='what is remasked first: confidence, critic, random (default: critic with a sampler and a critic head, '
-        'else confidence)')
+    add('--order', choices=('confidence', 'margin', 'critic', 'random'), metavar='NAME',
+        help='what is remasked first: confidence, margin (between the two likeliest tokens), critic, random (default: '
+        'critic with a sampler and a critic head, else confidence)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
+    add('--remask-kept', type=float, default=0.0, metavar='R',
+        help='with --order random: share of the kept tokens that each pass remasks, as ReMDM does (default: 0)')
     add('--randomness-strength', type=float, default=0.0, metavar='X',
         help='of annealed Gumbel noise on it (default: 0)')
     add('--corrections', type=int, default=0, metavar='N',
@@ -151,7 +153,7 @@ def check_ignored(args):
     """InputError for a flag that the other flags leave nothing to do."""
     ends = args.start_ratio is not None or args.end_ratio is not None
     threshold = args.schedule_mode == 'threshold'
-    revises = ends or threshold or args.no_revise or args.randomness_strength > 0
+    revises = ends or threshold or args.no_revise or args.randomness_strength > 0 or args.remask_kept > 0
     ignored = {
         '--start-ratio or --end-ratio with --schedule-mode threshold, which goes by --threshold; wanted '
         '--schedule-mode ratio': ends and threshold,
@@ -163,6 +165,9 @@ def check_ignored(args):
             args.correction_ratio is not None and not args.corrections,
         '--randomness-strength with --order random, which goes by noise alone; wanted another --order':
             args.randomness_strength > 0 and args.order == 'random',
+        '--remask-kept without --order random, for which it is; other orders revise already':
+            args.remask_kept > 0 and args.order != 'random',
+        '--remask-kept with --no-revise, which remasks no kept token': args.remask_kept > 0 and args.no_revise,
         '--end-temperature with one iteration, which has --temperature; wanted more --iterations':
             args.end_temperature is not None and args.iterations == 1,
         'a flag about revising with one iteration, after which nothing is revised; wanted more --iterations':

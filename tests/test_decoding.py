@@ -1,15 +1,11 @@
-"""The decoder: schedules, remasking by hand, passes and corrections, blocks, and what every decoder must keep."""
-import math
-
-import numpy as np
+"""The decoder: schedules, passes and corrections, blocks, and what every decoder must keep."""
 import pytest
 import torch
 
 from conftest import blank, masked_sequences, tiny_model
-from decoding import (WANTED, DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios,
-                      positions_to_remask)
-from noise import ORDER, gumbel, uniform
+from decoding import WANTED, DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios
 from filling import Naive, Wavefront
+from noise import margin, probability
 
 
 @pytest.mark.parametrize('iterations, expected', [
@@ -26,95 +22,6 @@ def test_the_default_takes_the_iterations_asked_for(iterations):
     assert decoded.passes == iterations
     assert default_config(model).order == 'critic' and default_config(model, use_sampler=False).order == 'confidence'
     assert not default_config(tiny_model(heads=False)).use_sampler
-
-
-# -----------------------------------------------------------------------------
-# remasking
-
-def remask(config, score, mask, free, i=0):
-    score, mask, free = torch.tensor([score]).double(), torch.tensor([mask]).bool(), torch.tensor([free]).bool()
-    return positions_to_remask(config, i, score, mask, free, [0], range(score.size(1)))[0].int().tolist()
-
-
-def test_remasking_by_hand():
-    score, new, free = [0.9, 0.8, 0.1, 0.3, 0.0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 0]
-    assert remask(DecoderConfig(mask_ratios=(0.5,)), score, new, free) == [1, 1, 0, 0, 0]
-    assert remask(DecoderConfig(mask_ratios=(0.5,), revise=False), score, new, free) == [0, 1, 0, 1, 0]
-    assert remask(DecoderConfig(mask_ratios=(0.0,)), score, new, free) == [0] * 5
-    assert remask(DecoderConfig(mask_ratios=(1.0,)), score, new, free) == free
-    assert remask(DecoderConfig(threshold=0.25), score, new, free) == [1, 1, 0, 1, 0]
-    chosen = remask(DecoderConfig(mask_ratios=(0.5,), order='random'), score, new, free)
-    assert sum(chosen) == 2 and all(c <= n for c, n in zip(chosen, new))
-
-
-def noise_on_order(config, i, n):
-    """Strength times Gumbel noise of n positions of sequence 0 in pass i."""
-    strength = config.randomness_strength * (1 - (i + 1) / config.passes)
-    return (strength * gumbel(uniform(config.seed, ORDER, [0], i, range(n)))[0]).tolist()
-
-
-@pytest.mark.parametrize('seed', range(5))
-def test_noise_on_the_order_has_maskgits_sign(seed):
-    """MaskGIT (2202.04200) keeps the highest log p + strength * Gumbel; the noise was once added to -log p instead.
-
-    Gumbel noise is skewed: the other sign is another sampler. Both are written out here and give different choices.
-    """
-    rng = np.random.default_rng(seed)
-    prob = rng.uniform(0.05, 0.95, 40).tolist()
-    config = DecoderConfig(mask_ratios=(0.5,) * 9, randomness_strength=2.0, seed=seed)
-    g = noise_on_order(config, 3, 40)
-
-    def lowest_half(keep):
-        worst = sorted(range(40), key=keep.__getitem__)[:20]
-        return [int(i in worst) for i in range(40)]
-    published = lowest_half([math.log(p) + n for p, n in zip(prob, g)])
-    other_sign = lowest_half([math.log(p) - n for p, n in zip(prob, g)])
-    ones = [1] * 40
-    found = remask(config, [1 - p for p in prob], ones, ones, 3)
-    assert found == published and found != other_sign
-
-
-def test_noise_on_the_order_is_annealed():
-    """Before the last pass there is hardly any: order by remask score alone."""
-    score, ones = np.random.default_rng(0).random(40).tolist(), [1] * 40
-    quiet = DecoderConfig(mask_ratios=(0.5,) * 50)
-    loud = DecoderConfig(mask_ratios=(0.5,) * 50, randomness_strength=1.0)
-    assert remask(quiet, score, ones, ones, 0) != remask(loud, score, ones, ones, 0)
-    last = remask(quiet, score, ones, ones, 49), remask(loud, score, ones, ones, 49)
-    assert sum(a != b for a, b in zip(*last)) <= 6
-
-
-def test_threshold_obeys_noise_and_no_revise():
-    """--schedule-mode threshold once ignored --no-revise and --randomness-strength.
-
-    A token is remasked if p * exp(strength * Gumbel), the quantity that ratios rank by, is below 1 - threshold.
-    """
-    score = np.random.default_rng(0).uniform(0.05, 0.95, 40).tolist()
-    new, ones = [i % 2 for i in range(40)], [1] * 40
-    config = DecoderConfig(threshold=0.6, mask_ratios=(0.5,) * 9, randomness_strength=1.0)
-    noisy = [int((1 - s) * math.exp(n) < 0.4) for s, n in zip(score, noise_on_order(config, 2, 40))]
-    assert remask(config, score, new, ones, 2) == noisy != [int(s > 0.6) for s in score]
-    config.revise = False
-    assert remask(config, score, new, ones, 2) == [n * c for n, c in zip(noisy, new)]
-
-
-def test_threshold_never_touches_what_was_kept_where_revise_is_off():
-    model = tiny_model()
-    remasked_again = {}
-    for revise in (True, False):
-        steps = []
-        config = DecoderConfig(threshold=0.5, revise=revise, mask_ratios=(0.5,) * 7)
-        decode_block(model, *blank(model), config, range(3), range(24), steps.append)
-        assert len(steps) > 2
-        masks = [step['xt'] == model.mask_id for step in steps]
-        remasked_again[revise] = sum(int((later & ~mask).sum()) for mask, later in zip(masks, masks[1:]))
-    assert remasked_again[False] == 0 < remasked_again[True]
-
-
-def test_threshold_stops_early_when_no_score_is_above_it():
-    model = tiny_model()
-    config = DecoderConfig(threshold=1.0, mask_ratios=(0.5,) * 9)
-    assert decode_block(model, *blank(model), config, range(3), range(24)).passes == 1
 
 
 # -----------------------------------------------------------------------------
@@ -135,7 +42,7 @@ def spied(model, config):
     return x, fills, steps
 
 
-@pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
+@pytest.mark.parametrize('order', ['confidence', 'margin', 'critic', 'random'])
 def test_corrections_resample_a_share_of_what_a_pass_filled_and_cost_no_pass(order):
     model = tiny_model()
     settings = dict(order=order, mask_ratios=(0.5, 0.25), correction_ratio=0.5)
@@ -182,7 +89,7 @@ def test_naive_decoding_has_no_corrections():
 
 
 @pytest.mark.parametrize('use_sampler', [True, False])
-@pytest.mark.parametrize('order', ['confidence', 'critic'])
+@pytest.mark.parametrize('order', ['confidence', 'margin', 'critic'])
 @pytest.mark.parametrize('corrections', [0, 2])
 def test_remask_score_is_that_of_the_present_neighbours(use_sampler, order, corrections):
     """A kept token is rescored when a token beside it changes: no stale neighbour decides what is remasked."""
@@ -197,7 +104,8 @@ def test_remask_score_is_that_of_the_present_neighbours(use_sampler, order, corr
             masked = (step['xt'] == model.mask_id)[..., None]
             seen = hidden if step['pass'] == 0 else torch.where(masked, hidden, seen)
             assert torch.equal(step['hidden'], seen)
-            right = (Wavefront if use_sampler else Naive)(model).rescore(step['x'], everywhere, seen)
+            by = margin if order == 'margin' else probability
+            right = (Wavefront if use_sampler else Naive)(model).rescore(step['x'], everywhere, seen, by)
             if order == 'critic':
                 logits = model.critic_head(seen, step['x'], everywhere, model.wte.weight).double()
                 right = right * torch.sigmoid(-logits)
@@ -244,7 +152,7 @@ def decode(model, rows, order='confidence', **changes):
     return decode_block(model, xt[rows], mask[rows], config, rows, range(24)).x
 
 
-@pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
+@pytest.mark.parametrize('order', ['confidence', 'margin', 'critic', 'random'])
 @pytest.mark.parametrize('use_sampler', [True, False])
 def test_a_sequence_alone_equals_the_sequence_in_a_batch(order, use_sampler):
     """Exact in float64, token for token; tests/test_precision.py says what holds in other precisions."""
@@ -266,7 +174,7 @@ def test_a_sequence_stops_alone_as_it_stops_in_company():
     assert alone.passes == 1 and torch.equal(alone.x[0], together[0])
 
 
-@pytest.mark.parametrize('order', ['confidence', 'critic', 'random'])
+@pytest.mark.parametrize('order', ['confidence', 'margin', 'critic', 'random'])
 @pytest.mark.parametrize('use_sampler', [True, False])
 @pytest.mark.parametrize('threshold', [0.0, 0.3])
 def test_no_mask_is_left_and_given_text_is_kept(order, use_sampler, threshold):

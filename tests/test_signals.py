@@ -116,9 +116,9 @@ def test_a_reader_that_has_seen_enough_ends_a_run_saved(toy_data, tmp_path):
 
 
 def test_a_reader_that_is_gone_hears_nothing_else():
-    """`sample_simple.py | head -3` and the like: no traceback. What head still takes is a race; so nobody reads here."""
-    run = subprocess.Popen([sys.executable, 'sample_simple.py', '--checkpoint-name', 'tiny_shakespeare.pt', '--out-dir',
-                            'pretrained', '--num-samples', '1', '--no-progress'], cwd=ROOT,
+    """`sample_simple.py | head -3` and the like: no traceback. When head goes is a race; here nobody reads at all."""
+    run = subprocess.Popen([sys.executable, 'sample_simple.py', '--checkpoint-name', 'tiny_shakespeare.pt',
+                            '--out-dir', 'pretrained', '--num-samples', '1', '--no-progress'], cwd=ROOT,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.stdout.close()
     with run.stderr:
