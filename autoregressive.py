@@ -14,9 +14,12 @@ from noise import TOKENS, sample, uniform
 from progress import bar
 
 
-def nll(trunk, model, x):
-    """Negative log-likelihood of every token but the first given those before it, nats: x (B, T) ids -> (B, T - 1)."""
-    logits = model.lm_head(trunk(x[:, :-1]))
+def nll(trunk, model, x, seen=None):
+    """Negative log-likelihood of every token but the first given those before it, nats: x (B, T) ids -> (B, T - 1).
+
+    seen (B, T): x as the model reads it, if not as it is.
+    """
+    logits = model.lm_head(trunk((x if seen is None else seen)[:, :-1]))
     return F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction='none')
 
 

@@ -32,10 +32,23 @@ class Objective(nn.Module):
 
     def __init__(self, model, config):
         super().__init__()
-        self.model = model
+        self.model, self.text_masking = model, config.text_masking
         # a function, not a module: the parameters are those of model, once
         compiled = config.compile and not config.shard and config.device.startswith('cuda')
         self.trunk = torch.compile(model.forward) if compiled else model.forward
+
+    def partly_masked(self, text, seed, share):
+        """text (R, T) of a Share of the global batch, as the trunk reads it from left to right in training.
+
+        In each sequence a share of the tokens, even from 0 to twice text_masking, is masked: blank noising
+        (arXiv:1703.02573), which keeps a text that is read many times from being learned by heart.
+        """
+        if not self.text_masking:
+            return text
+        generator = torch.Generator().manual_seed(derive(seed, 6))
+        ratio = 2 * self.text_masking * torch.rand(share.total, 1, generator=generator)
+        mask = torch.rand(share.total, text.size(1), generator=generator) < ratio
+        return text.masked_fill(mask[list(share.numbers)].to(text.device), self.model.mask_id)
 
 
 class DiffusionObjective(Objective):
@@ -56,7 +69,9 @@ class DiffusionObjective(Objective):
         losses, blocks = {'main': diffusion.masked_loss(batch)}, None
         if n_blocks:
             generator = torch.Generator().manual_seed(derive(seed, 4))
-            blocks, losses['blocks'] = diffusion.forward_blocks(self.trunk, self.model, text, generator, in_blocks)
+            seen = self.partly_masked(text, seed, in_blocks)
+            blocks, losses['blocks'] = diffusion.forward_blocks(self.trunk, self.model, text, generator, in_blocks,
+                                                                seen)
         heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
         return losses | {name: heads[name] for name in ('sampler', 'critic') if name in heads}
 
@@ -70,7 +85,7 @@ class AutoregressiveObjective(Objective):
 
     def forward(self, x0, seed, share, *rows):
         """x0 (B, T + 1) ids."""
-        return {'main': autoregressive.nll(self.trunk, self.model, x0).mean()}
+        return {'main': autoregressive.nll(self.trunk, self.model, x0, self.partly_masked(x0, seed, share)).mean()}
 
     def validate(self, x0, batch_size, seed, sampler, critic):
         return autoregressive.validate(self.model, x0, batch_size)

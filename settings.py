@@ -45,7 +45,7 @@ RANGES = {
     'gradient_accumulation_steps': COUNTS, 'batch_size': COUNTS, 'block_size': COUNTS,
     # model; vocab_size is the corpus's, whose ids are uint16
     'vocab_size': Range(2, 2 ** 16), 'n_layer': Range(1, 1000), 'n_head': WIDTHS, 'n_embd': WIDTHS,
-    'dropout': Range(0, 1, below=True), 'block_rows': Range(0),
+    'dropout': Range(0, 1, below=True), 'block_rows': Range(0), 'text_masking': Range(0, 0.5),
     # heads
     'start_sampler_iteration': Range(0), 'sampler_min_neighbors_ratio': SHARES, 'sampler_context': Range(1, 1024),
     'sampler_width': WIDTHS, 'sampler_state': WIDTHS, 'sampler_rows': Range(1), 'start_critic_iteration': Range(0),
@@ -119,6 +119,9 @@ def check_together(c):
     if c.model_mode == 'sequence_scorer' and c.attention_type == 'causal':
         raise InputError('model_mode=sequence_scorer with attention_type=causal: a judge reads the whole sequence, '
                          'wanted bidirectional')
+    if c.text_masking and (c.model_mode == 'sequence_scorer' or c.attention_type != 'causal' and not c.block_rows):
+        raise InputError(f'text_masking={c.text_masking:g} where nothing is read from left to right; wanted 0, a '
+                         f'language model with block_rows, or attention_type=causal')
     if c.trunk_checkpoint and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
         raise InputError(f'trunk_checkpoint is of a masked-diffusion model; with attention_type={c.attention_type} and '
                          f'model_mode={c.model_mode} wanted none')

@@ -1,4 +1,5 @@
 """An iteration's global batch is the same in however many parts it is taken: rows, masks, noise, losses, gradients."""
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ def test_rows_do_not_depend_on_which_are_taken(toy_data):
 
 def losses_and_gradients(model, x0, seed, parts, rows):
     """Mean over the parts of a global batch: {loss: value}, {parameter: gradient}."""
-    objective = objectives.DiffusionObjective(model, SimpleNamespace(compile=False, device='cpu'))
+    objective = objectives.DiffusionObjective(model, SimpleNamespace(compile=False, device='cpu', text_masking=0.2))
     model.zero_grad()
     values = {}
     for first in range(parts):
@@ -73,3 +74,32 @@ def test_parts_together_are_the_whole(parts, rows):
         assert set(gradients) == set(shared)
         for name, gradient in gradients.items():
             torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text: f'{name}: {text}')
+
+
+@pytest.mark.parametrize('text_masking', [0.0, 0.1, 0.5])
+def test_masked_text_is_read_and_clean_text_is_learned(text_masking):
+    """The share masked goes from 0 to twice the setting, from sequence to sequence; no target is a mask."""
+    model, x0 = tiny_model(), torch.randint(0, 11, (400, 25), generator=torch.Generator().manual_seed(0))
+    config, seen = SimpleNamespace(compile=False, device='cpu', text_masking=text_masking), []
+    objective = objectives.AutoregressiveObjective(model, config)
+    objective.trunk = lambda x: seen.append(x) or torch.zeros(*x.shape, 32)
+    model.lm_head = lambda hidden: hidden.new_zeros(*hidden.shape[:-1], model.mask_id)
+    assert objective(x0, 3, Share(400))['main'].item() == pytest.approx(math.log(model.mask_id), rel=1e-5)
+    masked = seen[0] == model.mask_id
+    assert torch.equal(seen[0][~masked], x0[:, :-1][~masked])
+    share = masked.float().mean(1)
+    assert share.mean().item() == pytest.approx(text_masking, abs=4 * 0.6 * text_masking / 20)
+    assert (share > 1.5 * text_masking).any() == (share < 0.5 * text_masking).any() == (text_masking > 0)
+
+
+def test_blocks_are_learned_behind_masked_text():
+    """The trunk sees masks in the text, the losses' targets and the heads' text have none."""
+    model, x0 = tiny_model(), torch.randint(0, 11, (G, 24), generator=torch.Generator().manual_seed(0))
+    texts = []
+    config = SimpleNamespace(compile=False, device='cpu', text_masking=0.4)
+    objective = objectives.DiffusionObjective(model, config)
+    objective.trunk = lambda x, layout=None: (texts.append(x) if layout else None) or model(x, layout)
+    objective(x0, 3, Share(G), 0, 0, 6)
+    assert (texts[0] == model.mask_id).any() and len(texts[0]) == 6
+    known = texts[0] != model.mask_id
+    assert torch.equal(texts[0][known], x0[6:, :texts[0].size(1)][known])
