@@ -268,8 +268,8 @@ def generate_text(args, processes):
     print('---')
     if scores:
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
-    print(f'{len(texts)} sample{"s" * (len(texts) != 1)} of {length} tokens in {seconds:.2f} s: {passes_text(done.passes)}, '
-          f'{done.waves} waves, {int(free[:len(texts)].sum()) / seconds:,.0f} tokens/s')
+    print(f'{len(texts)} sample{"s" * (len(texts) != 1)} of {length} tokens in {seconds:.2f} s: '
+          f'{passes_text(done.passes)}, {done.waves} waves, {int(free[:len(texts)].sum()) / seconds:,.0f} tokens/s')
     if args.save and texts:
         samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
                     'iterations': done.history[i]} for i, (text, ids) in enumerate(zip(texts, done.tokens))]

@@ -329,8 +329,7 @@ def evaluate_and_save(config, state, objective, corpus, log, current_stage, proc
     if not math.isfinite(value):
         raise InputError(f'iteration {state.iter_num}: the validation {objective.figure} is {value}; nothing is saved, '
                          f'{last_good(state.saved)}; {HELP}')
-    worst = state.best_val_loss * (1 + 1e-6 * config.freeze_trunk)    # a frozen trunk does not move it
-    better = value < worst
+    better = value < state.best_val_loss * (1 + 1e-6 * config.freeze_trunk)    # a frozen trunk does not move it
     best, state.best_val_loss = state.best_val_loss, min(value, state.best_val_loss)
     if config.eval_only or state.iter_num == 0:
         return
