@@ -365,8 +365,9 @@ def require_same_yardstick(saved, path, config, meta):
 def changed_settings(saved, config):
     """Settings that a resumed run changes, as 'name old -> new'."""
     where = ('init_from', 'overwrite', 'eval_only', 'device', 'dtype', 'out_dir', 'data_dir')
-    return [f'{name} {saved["config"][name]} -> {new}' for name, new in vars(config).items()
-            if name not in where and name in saved['config'] and saved['config'][name] != new]
+    before = {'text_masking': 0.0} | saved['config']    # of a checkpoint from before there was that setting
+    return [f'{name} {before[name]} -> {new}' for name, new in vars(config).items()
+            if name not in where and name in before and before[name] != new]
 
 
 def resumed_start_iter(asked_for, saved):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from critic import remask_score
 from filling import Naive, Wavefront
-from noise import CORRECTIONS, ORDER, TOKENS, exact, gumbel, margin, numbers, probability, uniform
+from noise import CORRECTIONS, KEPT, ORDER, TOKENS, exact, gumbel, margin, numbers, probability, uniform
 from plans import make_plan
 
 # -----------------------------------------------------------------------------
@@ -29,7 +29,7 @@ class DecoderConfig:
     use_sampler: bool = True
     order: str = 'confidence'       # what is remasked first: 'confidence', 'margin', 'critic', 'random'
     revise: bool = True             # kept tokens may be remasked later; random order revises by remask_kept alone
-    remask_kept: float = 0.0        # in random order: share of the kept tokens that each pass remasks, ReMDM's sigma
+    remask_kept: float = 0.0        # in random order: share of kept tokens that each pass remasks, ReMDM's capped sigma
     mask_ratios: tuple = (0.5,)     # share of the free positions that is remasked before each further pass
     threshold: float = 0.0          # above 0: remask scores above it, in place of mask_ratios, until there are none
     temperature: float = 1.0
@@ -106,8 +106,8 @@ def positions_to_remask(config, i, score, mask, free, sequences, positions):
 
     score (B, T) float in [0, 1], high for tokens to remask; mask (B, T) bool, positions filled in this pass; free
     (B, T) bool, all but given text. As MaskGIT does, the lowest log(1 - score) + strength * Gumbel are remasked, with a
-    strength that falls to 0. Random order goes by the noise alone, and as ReMDM does with a capped sigma it remasks
-    that share of what was kept, or all that the ratio leaves to remask if that is less. Returns (B, T) bool.
+    strength that falls to 0. Random order goes by the noise alone, and as ReMDM does with a capped sigma, remask_kept,
+    it remasks that share of what was kept, rounded by lot, or what the ratio leaves of it. Returns (B, T) bool.
     """
     candidates = free if config.revise and config.order != 'random' else mask
     noise = gumbel(uniform(config.seed, ORDER, sequences, i, positions, score.device))
@@ -118,9 +118,10 @@ def positions_to_remask(config, i, score, mask, free, sequences, positions):
     if config.threshold > 0:
         return candidates & (-torch.expm1(keep) > config.threshold)
     n = (config.mask_ratios[i + 1 - config.plan_passes] * free.sum(1)).round()
-    if config.order == 'random' and config.remask_kept:
-        kept = free & ~mask
-        n_kept = torch.minimum(n, (config.remask_kept * kept.sum(1)).round())
+    if config.order == 'random' and config.remask_kept and config.revise:
+        kept, u = free & ~mask, uniform(config.seed, KEPT, sequences, i, range(1), score.device)[:, 0]
+        n_kept = (config.remask_kept * kept.sum(1) + u).floor()
+        n_kept = n_kept.minimum(n).maximum(n - mask.sum(1))    # the rest is of what was filled, as far as that goes
         return highest(-keep, kept, n_kept) | highest(-keep, mask, n - n_kept)
     return highest(-keep, candidates, n)
 

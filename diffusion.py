@@ -120,27 +120,30 @@ class BlockBatch:
     share: Share               # which sequences of the global batch these are
 
 
-def forward_blocks(trunk, model, x0, generator, share=None, seen=None):
+def forward_blocks(trunk, model, x0, generator, share=None, seen=None, viewed=True):
     """One forward pass over text and a block of it, masked -> BlockBatch and the trunk's loss on it, nats.
 
-    x0 (R, T) clean ids, T > 2; generator: chooses the block's size and place; seen (R, T): the text as the trunk reads
-    it, if not as it is. Text and block are T tokens together, so that the pass costs what any other does: the text ends
-    early. The loss is half the cross-entropy of the text, each token given those before it, and a quarter of that of
-    the masked positions, the first of the block more; weighed as a part of the global batch, of which x0 is all without
-    a share.
+    x0 (R, T) clean ids, T > 2; generator: chooses the block's size and place; seen (R, T): x0 as the trunk reads it for
+    its loss, with masks; viewed: a head wants the BlockBatch, for which the text is then read once more as decoding
+    reads it. Text and block are T tokens together, so that a pass costs what any other does: the text ends early. The
+    loss is half the cross-entropy of the text, each token given those before it, and a quarter of that of the masked
+    positions, the first of the block more; weighed as a part of the global batch, of which x0 is all without a share.
     """
-    T, share = x0.size(1), share or Share(len(x0))
+    T, share, seen = x0.size(1), share or Share(len(x0)), x0 if seen is None else seen
     size = max(1, T // BLOCKS[int(torch.randint(len(BLOCKS), (), generator=generator))])
     n_text = T - size
     start = size * int(torch.randint(n_text // size + 1, (), generator=generator))
     layout = lay_out(n_text, (start,), size, x0.device)
-    hidden = trunk((x0 if seen is None else seen)[:, :n_text], layout)
+    hidden = trunk(seen[:, :n_text], layout)
     following = F.cross_entropy(model.lm_head(hidden[:, :n_text - 1]).transpose(1, 2), x0[:, 1:n_text],
                                 reduction='none')
     positions = layout.positions[n_text:]
     masked = F.cross_entropy(model.lm_head(hidden[:, n_text:]).transpose(1, 2), x0[:, positions], reduction='none')
     weight = (1 + positions % size).float() ** -0.5
     loss = 0.5 * following.mean(1) + 0.25 * (masked * weight / weight.mean()).mean(1)    # (R,)
+    if viewed and seen is not x0:
+        with torch.no_grad():
+            hidden = trunk(x0[:, :n_text], layout)
     view, last = views(hidden.detach(), layout)
     # the first position of a block is the language-model head's
     blocks = BlockBatch(x0, positions[1:], view[:, 1:], last.expand(-1, size - 1, -1), share)

@@ -40,7 +40,8 @@ class Naive:
 
     def rescore(self, x, at, hidden, by=probability):
         parts = [(at[0][part], at[1][part]) for part in pieces(len(at[0]), self.vocab_size)]
-        return torch.cat([by(self.lm_head(hidden[now]), x[now]) for now in parts])
+        with uncast(hidden):    # in bfloat16 the two likeliest tokens would often tie
+            return torch.cat([by(self.lm_head(hidden[now]), x[now]) for now in parts])
 
 
 class Wavefront:

@@ -87,8 +87,8 @@ class GPT(nn.Module):
     def forward(self, idx, layout=None):
         """Hidden states of a sequence of tokens: idx (B, T) int64 -> (B, T, C).
 
-        With a blocks.BlockLayout idx is text without masks, read from left to right, and the layout's masked blocks
-        are read behind it: -> (B, T + M, C).
+        With a blocks.BlockLayout idx is text, read from left to right, and the layout's masked blocks are read behind
+        it: -> (B, T + M, C).
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f'sequence of {T} tokens, block_size {self.config.block_size}'

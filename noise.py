@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-TOKENS, ORDER, POSITIONS, CORRECTIONS = range(4)    # streams of noise: one for each use
+TOKENS, ORDER, POSITIONS, CORRECTIONS, KEPT = range(5)    # streams of noise: one for each use
 COLD = 1e-6    # a temperature below it is 0: logits divided by it may not be finite
 CANDIDATES = 1024    # likeliest tokens that are sorted for top_p, unless they do not reach it
 GROUP = 256    # tokens whose weights are summed before the running sum of a large vocabulary
@@ -127,6 +127,7 @@ def probability(logits, ids):
 
 
 def margin(logits, ids=None):
-    """By how much the likeliest token is more probable than the second, whatever ids are: logits (N, V) -> (N,)."""
+    """By how much the likeliest token is more probable than the second: logits (N, V) -> (N,). In place of probability,
+    whatever ids are."""
     two = torch.softmax(exact(logits), -1).topk(min(2, logits.size(-1))).values
     return two[:, 0] - two[:, 1:].sum(-1)

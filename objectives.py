@@ -40,15 +40,15 @@ class Objective(nn.Module):
     def partly_masked(self, text, seed, share):
         """text (R, T) of a Share of the global batch, as the trunk reads it from left to right in training.
 
-        In each sequence a share of the tokens, even from 0 to twice text_masking, is masked: blank noising
-        (arXiv:1703.02573), which keeps a text that is read many times from being learned by heart.
+        In each sequence a share of the tokens, drawn uniformly from 0 to twice text_masking, is masked: blank noising
+        (arXiv:1703.02573, there with one share for all) against learning by heart what is read many times.
         """
         if not self.text_masking:
             return text
         generator = torch.Generator().manual_seed(derive(seed, 6))
         ratio = 2 * self.text_masking * torch.rand(share.total, 1, generator=generator)
         mask = torch.rand(share.total, text.size(1), generator=generator) < ratio
-        return text.masked_fill(mask[list(share.numbers)].to(text.device), self.model.mask_id)
+        return text.masked_fill(mask[list(share.numbers)].to(text.device, non_blocking=True), self.model.mask_id)
 
 
 class DiffusionObjective(Objective):
@@ -69,9 +69,9 @@ class DiffusionObjective(Objective):
         losses, blocks = {'main': diffusion.masked_loss(batch)}, None
         if n_blocks:
             generator = torch.Generator().manual_seed(derive(seed, 4))
-            seen = self.partly_masked(text, seed, in_blocks)
-            blocks, losses['blocks'] = diffusion.forward_blocks(self.trunk, self.model, text, generator, in_blocks,
-                                                                seen)
+            blocks, losses['blocks'] = diffusion.forward_blocks(
+                self.trunk, self.model, text, generator, in_blocks, self.partly_masked(text, seed, in_blocks),
+                viewed=sampler_rows > 0)
         heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
         return losses | {name: heads[name] for name in ('sampler', 'critic') if name in heads}
 

@@ -13,7 +13,7 @@ class Recipe:
     config: dict                      # fields of DecoderConfig
     fewest: int = 2                   # forward passes: with one, several decoders are the same
     most: int = 64                    # forward passes, unless more are asked for
-    schedules: tuple = ('even',)      # or plans; the one known to be best first, which is the one of --quick
+    schedules: tuple = ('even',)      # or plans; the first is that of --quick
     noises: tuple = (0.0,)            # strengths of the noise on the order, likewise
 
 
@@ -22,10 +22,11 @@ RECIPES = {
     'naive-random': Recipe(dict(use_sampler=False, order='random'), fewest=1),             # ancestral, MDLM's
     'naive-confidence': Recipe(dict(use_sampler=False, order='confidence', revise=False),  # MaskGIT's
                                schedules=('cosine', '0.95-0.05'), noises=(6.0, 2.0)),
-    'naive-margin': Recipe(dict(use_sampler=False, order='margin', revise=False)),         # top-probability margin
-    'naive-remdm': Recipe(dict(use_sampler=False, order='random'),                         # ReMDM's with a capped sigma
+    'naive-margin': Recipe(dict(use_sampler=False, order='margin', revise=False),          # top-probability margin
+                           schedules=('even', 'cosine'), noises=(0.0, 2.0)),
+    'naive-remdm': Recipe(dict(use_sampler=False, order='random'), fewest=3,               # ReMDM's, capped
                           schedules=('cap-0.04', 'cap-0.01', 'cap-0.2')),
-    'naive-remask': Recipe(dict(use_sampler=False, order='confidence', revise=True),       # and kept ones compete
+    'naive-remask': Recipe(dict(use_sampler=False, order='confidence', revise=True),       # kept tokens compete too
                            schedules=('0.4-0.01', '0.95-0.05'), noises=(2.0, 6.0)),
     'naive-planned': Recipe(dict(use_sampler=False), schedules=('interleaved',)),
     # with it

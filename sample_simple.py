@@ -76,11 +76,11 @@ def parser():
     add('--threshold', type=float, metavar='S',
         help='remask score from 0 to 1 above which a token is remasked (default: 0.9)')
     add('--order', choices=('confidence', 'margin', 'critic', 'random'), metavar='NAME',
-        help='what is remasked first: confidence, margin (between the two likeliest tokens), critic, random (default: '
-        'critic with a sampler and a critic head, else confidence)')
+        help='what is remasked first: lowest confidence, lowest margin between the two likeliest tokens, highest '
+        'critic score, random (default: critic with a sampler and a critic head, else confidence)')
     add('--no-revise', action='store_true', help='never remask a token that was kept once')
     add('--remask-kept', type=float, default=0.0, metavar='R',
-        help='with --order random: share of the kept tokens that each pass remasks, as ReMDM does (default: 0)')
+        help='with --order random: share of the tokens kept so far that each pass remasks, as ReMDM does (default: 0)')
     add('--randomness-strength', type=float, default=0.0, metavar='X',
         help='of annealed Gumbel noise on it (default: 0)')
     add('--corrections', type=int, default=0, metavar='N',
@@ -165,9 +165,10 @@ def check_ignored(args):
             args.correction_ratio is not None and not args.corrections,
         '--randomness-strength with --order random, which goes by noise alone; wanted another --order':
             args.randomness_strength > 0 and args.order == 'random',
-        '--remask-kept without --order random, for which it is; other orders revise already':
+        '--remask-kept without --order random; other orders remask kept tokens by themselves, wanted --order random':
             args.remask_kept > 0 and args.order != 'random',
-        '--remask-kept with --no-revise, which remasks no kept token': args.remask_kept > 0 and args.no_revise,
+        '--remask-kept with --no-revise, which remasks no kept token; wanted one or the other':
+            args.remask_kept > 0 and args.no_revise,
         '--end-temperature with one iteration, which has --temperature; wanted more --iterations':
             args.end_temperature is not None and args.iterations == 1,
         'a flag about revising with one iteration, after which nothing is revised; wanted more --iterations':

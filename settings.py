@@ -119,6 +119,9 @@ def check_together(c):
     if c.model_mode == 'sequence_scorer' and c.attention_type == 'causal':
         raise InputError('model_mode=sequence_scorer with attention_type=causal: a judge reads the whole sequence, '
                          'wanted bidirectional')
+    if c.text_masking and c.freeze_trunk:
+        raise InputError(f'text_masking={c.text_masking:g} with freeze_trunk=True: it is the trunk that learns from '
+                         f'masked text; wanted text_masking=0')
     if c.text_masking and (c.model_mode == 'sequence_scorer' or c.attention_type != 'causal' and not c.block_rows):
         raise InputError(f'text_masking={c.text_masking:g} where nothing is read from left to right; wanted 0, a '
                          f'language model with block_rows, or attention_type=causal')

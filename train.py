@@ -74,7 +74,7 @@ n_head = 6                  # attention heads, each of n_embd / n_head channels
 n_embd = 384                # channels
 dropout = 0.0               # chance that an output of attention or MLP is left out in training
 block_rows = 16             # sequences of a micro-batch that the trunk reads in blocks, not masked; at most half
-text_masking = 0.0          # mean share of text read from left to right that is masked: less is learned by heart
+text_masking = 0.0          # mean share of text read from left to right that is masked, against learning it by heart
 # sampler head
 add_sampler_head = False    # in stage 2
 start_sampler_iteration = 1000      # stage 2 begins

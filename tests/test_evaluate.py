@@ -113,6 +113,7 @@ def test_every_setting_differs_in_what_it_does():
     assert len({s.curve for s in settings}) == len(settings) / 2
     configs = [str(s.decoder_config(1)) for s in settings if s.decoder != recipes.BASELINE]
     assert len(set(configs)) == len(configs)
+    assert set(report.COLORS) == {*recipes.RECIPES, recipes.BASELINE}
     assert all(s.decoder_config(1).passes == s.passes for s in settings if s.decoder != recipes.BASELINE)
     assert sum(s.decoder == recipes.BASELINE for s in settings) == 2 and settings[0].passes == 255
 

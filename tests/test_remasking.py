@@ -28,16 +28,32 @@ def test_remasking_by_hand():
 
 
 def test_remasking_a_share_of_the_kept_by_hand():
-    """ReMDM: before the pass half of 40 were known, a tenth of them is unmasked again, and three quarters are known."""
+    """ReMDM: before the pass half of 40 were known, a tenth of them is masked again, and three quarters are known."""
     new, free = [0] * 20 + [1] * 20, [1] * 40
+    given = [1] * 10 + [0] * 10 + [1] * 20    # the second ten are given text
     config = DecoderConfig(mask_ratios=(0.25,), order='random', remask_kept=0.1)
     chosen = remask(config, [0.5] * 40, new, free)
     assert sum(chosen[:20]) == 2 and sum(chosen[20:]) == 8
     capped = remask(DecoderConfig(mask_ratios=(0.25,), order='random', remask_kept=0.9), [0.5] * 40, new, free)
     assert sum(capped[:20]) == 10 and sum(capped[20:]) == 0, 'no more than (1 - alpha_s) / alpha_t'
     assert chosen != remask(replace(config, seed=2), [0.5] * 40, new, free)
+    among_given = remask(replace(config, remask_kept=1.0), [0.5] * 40, new, given)
+    assert sum(among_given[:10]) == 8 and sum(among_given[10:]) == 0    # a quarter of 30, rounded to even
+    rising = remask(replace(config, mask_ratios=(0.75,)), [0.5] * 40, new, free)
+    assert sum(rising[:20]) == 10 and sum(rising[20:]) == 20, 'as many as the ratio says, when it rises too'
+    kept_for_good = remask(replace(config, revise=False), [0.5] * 40, new, free)
+    assert sum(kept_for_good[:20]) == 0 and sum(kept_for_good) == 10
     ignored = remask(replace(config, order='confidence'), [0.5] * 40, new, free)
     assert ignored == remask(replace(config, order='confidence', remask_kept=0.0), [0.5] * 40, new, free)
+
+
+def test_a_share_of_few_kept_tokens_is_rounded_by_lot():
+    """A twentieth of eight is remasked in two passes out of five, not never."""
+    mask = torch.tensor([[False] * 8 + [True] * 8]).expand(2000, -1)
+    config = DecoderConfig(mask_ratios=(0.25,), order='random', remask_kept=0.05)
+    chosen = positions_to_remask(config, 0, torch.zeros(2000, 16), mask, torch.ones_like(mask), range(2000), range(16))
+    assert (chosen.sum(1) == 4).all() and set(chosen[:, :8].sum(1).tolist()) == {0, 1}
+    assert chosen[:, :8].sum(1).double().mean().item() == pytest.approx(0.4, abs=4 * (0.24 / 2000) ** 0.5)
 
 
 def test_the_margin_goes_by_the_distribution_and_not_by_the_token():

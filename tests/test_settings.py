@@ -47,7 +47,8 @@ def test_help_says_each_setting_with_its_range_and_the_comment_beside_it(script)
     (['--start_sampler_iteration=13', '--start_critic_iteration=13', '--end_critic_iteration=13'], 'sampler.* never'),
     (['--shard=True', '--dtype=float16'], 'shard=True with dtype=float16'),
     (['--text_masking=0.1', '--block_rows=0'], 'nothing is read from left to right'),
-    (['--text_masking=0.6'], 'text_masking=0.6'), (['--text_masking=0.1'], ''),
+    (['--text_masking=0.1', '--freeze_trunk=True'], 'with freeze_trunk=True'), (['--text_masking=0.6'], '=0.6'),
+    (['--text_masking=0.1'], ''),
     (['--lr_decay_iters=2'], 'lr_decay_iters=2 comes before'), (['--dtype=float64'], "dtype='float64'"),
     (['--n_embd=65536', '--n_layer=100', '--n_head=2'], 'more than .* GiB of memory'),
     (['--batch_size=9999999', '--n_layer=100'], 'more than .* GiB of memory')])
