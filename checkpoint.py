@@ -348,8 +348,7 @@ def restore(state, saved, asked_for, path):
 
 
 def require_same_yardstick(saved, path, config, meta):
-    """InputError where validation figures of this run would not compare with the checkpoint's best, unless that is
-    given up: best_val_loss then begins anew."""
+    """InputError where validation would not compare with the checkpoint's best; given up, best_val_loss begins anew."""
     names = JUDGES_YARDSTICK if config.generator_checkpoint else YARDSTICK
     pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     pairs.append(('the text', saved['corpus']['sha256'][:8], meta['sha256'][:8]))
@@ -364,10 +363,10 @@ def require_same_yardstick(saved, path, config, meta):
 
 def changed_settings(saved, config):
     """Settings that a resumed run changes, as 'name old -> new'."""
-    where = ('init_from', 'overwrite', 'eval_only', 'device', 'dtype', 'out_dir', 'data_dir')
     before = {'text_masking': 0.0} | saved['config']    # of a checkpoint from before there was that setting
-    return [f'{name} {before[name]} -> {new}' for name, new in vars(config).items()
-            if name not in where and name in before and before[name] != new]
+    for name in ('init_from', 'overwrite', 'eval_only', 'device', 'dtype', 'out_dir', 'data_dir'):
+        before.pop(name, None)
+    return [f'{name} {before[name]} -> {new}' for name, new in vars(config).items() if before.get(name, new) != new]
 
 
 def resumed_start_iter(asked_for, saved):

@@ -71,8 +71,8 @@ def decoder_config(args, model, path, prefix_only=True):
         raise InputError(f'--plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
                          f'which another flag asks for; give a smaller --plan-passes')
     if args.remask_kept and revisions < 2:
-        raise InputError(f'--remask-kept with {revisions} iterations to revise: until the second of them no token was '
-                         f'kept; wanted more --iterations')
+        raise InputError(f'found --remask-kept with {revisions} of {args.iterations} iterations to revise; until the '
+                         f'second of them no token was kept, wanted more --iterations')
     if args.masking_ratios is not None:
         if len(args.masking_ratios) != revisions:
             raise InputError(f'--plan {config.plan} leaves {revisions} iterations to revise, found '

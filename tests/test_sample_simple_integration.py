@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(sample, flags, message):
     ('--corrections 2 --disable-sampler', 'with --disable-sampler'),
     ('--correction-ratio 0.5', 'without --corrections'),
     ('--order random --randomness-strength 2', 'with --order random'),
-    ('--order random --remask-kept 0.1 --iterations 2', 'with 1 iterations to revise'),
+    ('--order random --remask-kept 0.1 --iterations 2', 'with 1 of 2 iterations to revise'),
     ('--remask-kept 0.1', 'without --order random'), ('--order random --remask-kept 0.1 --no-revise', 'no kept token'),
     ('--end-temperature 0.5 --iterations 1', '--end-temperature with one iteration'),
     ('--no-revise --iterations 1', 'nothing is revised'), ('--start-ratio 0.5 --iterations 1', 'nothing is revised'),
