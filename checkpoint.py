@@ -348,7 +348,7 @@ def restore(state, saved, asked_for, path):
 
 
 def require_same_yardstick(saved, path, config, meta):
-    """InputError where validation would not compare with the checkpoint's best; given up, best_val_loss begins anew."""
+    """InputError where validation would not compare with the checkpoint's best; with overwrite a new best begins."""
     names = JUDGES_YARDSTICK if config.generator_checkpoint else YARDSTICK
     pairs = [(name, saved['config'].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     pairs.append(('the text', saved['corpus']['sha256'][:8], meta['sha256'][:8]))

@@ -127,7 +127,9 @@ def probability(logits, ids):
 
 
 def margin(logits, ids=None):
-    """By how much the likeliest token is more probable than the second: logits (N, V) -> (N,). In place of probability,
-    whatever ids are."""
+    """By how much the likeliest token is more probable than the second: logits (N, V) -> (N,).
+
+    It takes ids, as probability does, but does not depend on them.
+    """
     two = torch.softmax(exact(logits), -1).topk(min(2, logits.size(-1))).values
     return two[:, 0] - two[:, 1:].sum(-1)

@@ -82,7 +82,7 @@ def parser():
     add('--remask-kept', type=float, default=0.0, metavar='R',
         help='with --order random: share of the tokens kept so far that each pass remasks, as ReMDM does (default: 0)')
     add('--randomness-strength', type=float, default=0.0, metavar='X',
-        help='of annealed Gumbel noise on it (default: 0)')
+        help='of annealed Gumbel noise on the order (default: 0)')
     add('--corrections', type=int, default=0, metavar='N',
         help='times that the sampler head resamples its worst tokens after each pass (default: 0)')
     add('--correction-ratio', type=float, metavar='R',
