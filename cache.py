@@ -37,7 +37,8 @@ class CachedTrunk:
         self.device_type, self.n_head, self.mask_id = device.type, model.h[0].attn.n_head, model.mask_id
         self.wte, self.unembedding = wte, model.unembedding.to(self.dtype)
         self.cos, self.sin = model.cos.to(self.dtype), model.sin.to(self.dtype)
-        self.n_read, self.last = 0, wte.new_zeros(B, wte.size(1))    # the state of the last token of text
+        self.length, self.n_read = length, 0
+        self.last = wte.new_zeros(B, wte.size(1))    # the state of the last token of text
         self.blocks = []
         for block in model.h:
             conv = block.mlp.near.conv.weight[:, 0].T                                      # (K, C), oldest input first
@@ -54,29 +55,63 @@ class CachedTrunk:
 
         Each token sees those before it; the masks see all of the text and one another.
         """
-        (B, n), start = ids.shape, self.n_read
+        n, start = ids.size(1), self.n_read
         end = start + n + n_masks
         bias = None
         if n > 1 or n and n_masks:
             bias = torch.full((n, end), float('-inf'), dtype=self.dtype, device=ids.device).triu(start + 1)
             bias = F.pad(bias, (0, 0, 0, n_masks))
+
+        def keep(cache, new):
+            cache[:, :, start:end] = new
+        hidden = self.through_blocks(F.pad(ids, (0, n_masks), value=self.mask_id), slice(start, end), end, bias, keep,
+                                     lambda inputs, conv: self.convolve(inputs, conv, n, n_masks))
+        if n:
+            self.n_read, self.last = start + n, hidden[:, n - 1]
+        return hidden
+
+    @torch.no_grad()
+    def read_at(self, ids, starts):
+        """Hidden states (B, n, C) of tokens, each sequence's from a place of its own: ids (B, n), starts (B,) int64.
+
+        What is remembered of places behind them counts for nothing and is written over when they are read again. Those
+        behind the length are not read: their states mean nothing.
+        """
+        (B, n), device = ids.shape, ids.device
+        rows, ahead = torch.arange(B, device=device)[:, None], torch.arange(n + self.past, device=device)
+        at = (starts[:, None] + ahead[:n]).clamp(max=self.length - 1)
+        window = (starts[:, None] + ahead).clamp(max=self.length + self.past - 1)
+        later = torch.arange(self.length, device=device) > at[..., None]
+        bias = torch.zeros(later.shape, dtype=self.dtype, device=device).masked_fill(later, float('-inf'))[:, None]
+
+        def keep(cache, new):
+            cache[rows, :, at] = new.transpose(1, 2)
+        return self.through_blocks(ids, at[:, None], self.length, bias, keep,
+                                   lambda inputs, conv: depthwise(inputs[rows, window], conv[:self.past + 1]))
+
+    def through_blocks(self, ids, positions, end, bias, keep, convolve):
+        """The trunk itself: ids (B, n) -> hidden (B, n, C).
+
+        positions: of the tokens among the rotary angles. keep(cache, new) puts what is new, (B, n_head, n, channels),
+        where a cache (B, n_head, length, channels) has it; attention goes over its first end places, with bias added.
+        convolve(inputs, conv): what the short convolution adds.
+        """
+        cos, sin = self.cos[positions], self.sin[positions]
         with torch.autocast(self.device_type, enabled=False):
-            x = norm(F.embedding(F.pad(ids, (0, n_masks), value=self.mask_id), self.wte)).to(self.dtype)
+            x = norm(F.embedding(ids, self.wte)).to(self.dtype)
             for qkv, proj, fc, out, conv, keys, values, inputs in self.blocks:
                 # attention
-                q_k_v = F.linear(norm(x), qkv).view(B, end - start, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-                q, k = rotate(norm(q_k_v[:2]), self.cos[start:end], self.sin[start:end])
-                keys[:, :, start:end], values[:, :, start:end] = k, q_k_v[2]
+                q_k_v = F.linear(norm(x), qkv).view(*ids.shape, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+                q, k = rotate(norm(q_k_v[:2]), cos, sin)
+                keep(keys, k)
+                keep(values, q_k_v[2])
                 y = attend(q, keys[:, :, :end], values[:, :, :end], bias=bias)
                 x = x + F.linear(y.transpose(1, 2).reshape(x.shape), proj)
                 # MLP, after the convolution
                 near = norm(x)
-                inputs[:, self.past + start:self.past + end] = near
-                x = x + F.linear(F.gelu(F.linear(near + self.convolve(inputs, conv, n, n_masks), fc)), out)
-            hidden = norm(x.to(self.wte.dtype))
-        if n:
-            self.n_read, self.last = start + n, hidden[:, n - 1]
-        return hidden
+                keep(inputs[:, None, self.past:], near[:, None])
+                x = x + F.linear(F.gelu(F.linear(near + convolve(inputs, conv), fc)), out)
+            return norm(x.to(self.wte.dtype))
 
     def convolve(self, inputs, conv, n, n_masks):
         """What the convolution adds to n tokens and the masks behind them: as layers.ShortConv.over_blocks."""

@@ -2,5 +2,5 @@
 
 # plans.py says what each does
 ONE_PASS = ('wavefront', 'left-to-right', 'fronts-N')
-ANY_PASSES = ('blocks', 'spans', 'interleaved', 'random')
+ANY_PASSES = ('speculative', 'blocks', 'spans', 'interleaved', 'random')
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')

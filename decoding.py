@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+import speculative
 from critic import remask_score
 from filling import Naive, Wavefront
-from noise import CORRECTIONS, KEPT, ORDER, TOKENS, exact, gumbel, margin, numbers, probability, uniform
+from noise import (ACCEPTED, CORRECTIONS, KEPT, ORDER, REPLACED, TOKENS, exact, gumbel, margin, numbers, probability,
+                   uniform)
 from plans import make_plan
 
 # -----------------------------------------------------------------------------
@@ -58,11 +60,12 @@ class DecoderConfig:
 def default_config(model, iterations=15, use_sampler=None, prefix_only=True, revising=False, **changes):
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
-    use_sampler None: wherever the model has a sampler head. With it the text is written in blocks from left to right, a
-    pass for each, and stands as it is drawn: at real text's diversity nothing tried that revises is as likely.
-    revising: the first pass writes everything, the others remask and refill. Text that is given elsewhere than as a
-    prefix (prefix_only False) is filled in as wavefronts and revised. The critic orders what the head filled, for it
-    learned from that; without the head confidence does.
+    use_sampler None: wherever the model has a sampler head. With it the text is written from left to right by the head
+    and checked by the trunk, a draft in each pass (speculative.py), or, with corrections, in blocks; what stands is not
+    revised: at real text's diversity nothing tried that revises is as likely. revising: the first pass writes
+    everything, the others remask and refill. Text that is given elsewhere than as a prefix (prefix_only False) is
+    filled in as wavefronts and revised. The critic orders what the head filled, for it learned from that; without the
+    head confidence does.
     """
     use_sampler = model.sampler_head is not None if use_sampler is None else use_sampler
     config = DecoderConfig(
@@ -71,7 +74,8 @@ def default_config(model, iterations=15, use_sampler=None, prefix_only=True, rev
     if use_sampler and prefix_only:
         config.plan = 'left-to-right'
         if not revising:
-            config.plan, config.plan_passes, config.mask_ratios = 'blocks', iterations, ()
+            config.plan = 'blocks' if changes.get('corrections') else 'speculative'
+            config.plan_passes, config.mask_ratios = iterations, ()
     return replace(config, **changes)
 
 
@@ -164,6 +168,8 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     if config.plan != 'wavefront' and free.any():
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
+        if plan.speculative:
+            return decode_speculatively(model, x, free, config, at_sequences, at_positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
@@ -214,10 +220,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             stale = stale | resample_mask | changed
             if 'remask_score' in wanted or remasks or j < corrections:
                 at = (free & ~later & stale).nonzero(as_tuple=True)
-                prob = filler.rescore(x, at, hidden, margin if config.order == 'margin' else probability)
-                score[at] = 1 - prob
-                if config.order == 'critic':
-                    score[at] = remask_score(prob, critic(hidden, x, at, model.wte.weight))
+                score[at] = score_at(model, filler, config, x, hidden, at)
                 stale = torch.zeros_like(stale)
         waves += steps
         state = None if corrections else state    # it has read tokens that were resampled since
@@ -238,12 +241,44 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             busy = unknown.any(1).nonzero()[:, 0]
             if not len(busy):
                 break
-    p_generated = None
-    if 'p_generated' in wanted and critic is not None:
-        at = free.nonzero(as_tuple=True)
-        p_generated = exact(torch.zeros_like(x))
-        p_generated[at] = torch.sigmoid(exact(critic(hidden, x, at, model.wte.weight)))
-    return Decoded(x, p_generated, i + 1, waves)
+    return Decoded(x, p_generated_of(model, x, free, hidden) if 'p_generated' in wanted else None, i + 1, waves)
+
+
+def decode_speculatively(model, x, free, config, sequences, positions, on_pass, filler, wanted):
+    """decode_block where speculative.py writes everything. ValueError for settings of which it has no use."""
+    if not config.use_sampler or config.mask_ratios or config.corrections:
+        raise ValueError(f'the speculative plan needs the sampler head and never revises or corrects; found {config}')
+    u = torch.stack([uniform(config.seed, stream, sequences, 0, positions, x.device)
+                     for stream in (TOKENS, ACCEPTED, REPLACED)])
+    count = iter(range(config.plan_passes))
+
+    def on_draft(step, hidden):
+        if 'remask_score' in wanted:
+            at, score = (free & (step['x'] != model.mask_id)).nonzero(as_tuple=True), exact(torch.zeros_like(x))
+            score[at] = score_at(model, filler, config, step['x'], hidden, at)
+            step['remask_score'] = score
+        on_pass(step | {'pass': next(count), 'start': int(positions[0])}
+                | {'hidden': hidden for name in wanted if name == 'hidden'})
+    text, hidden, passes, steps = speculative.write(model, filler, x, free, given_prefix(free), config, u,
+                                                    on_draft if on_pass else None)
+    return Decoded(text, p_generated_of(model, text, free, hidden) if 'p_generated' in wanted else None, passes, steps)
+
+
+def score_at(model, filler, config, x, hidden, at):
+    """What config.order remasks by, (N,) float in [0, 1], high first: of tokens of x (B, T) at sequences, positions."""
+    prob = filler.rescore(x, at, hidden, margin if config.order == 'margin' else probability)
+    if config.order == 'critic':
+        return remask_score(prob, model.critic_head(hidden, x, at, model.wte.weight))
+    return 1 - prob
+
+
+def p_generated_of(model, x, free, hidden):
+    """The critic's chance that tokens of x (B, T) were generated, 0 where given; None without a critic."""
+    if model.critic_head is None:
+        return None
+    at, p = free.nonzero(as_tuple=True), exact(torch.zeros_like(x))
+    p[at] = torch.sigmoid(exact(model.critic_head(hidden, x, at, model.wte.weight)))
+    return p
 
 
 def given_prefix(free):

@@ -172,8 +172,8 @@ class Given:
 def critic_examples(model, batch, n_sequences, seed, iterations):
     """Sequences as the shipped decoder fills and revises them, and the same ones of real text.
 
-    About n_sequences of the global batch are decoded: half the time, by lot, from nothing by default, in blocks if the
-    model has a sampler head, and taken as they stand at the end; else from their masks or, as often, from nothing by a
+    About n_sequences of the global batch are decoded: half the time, by lot, from nothing as by default,
+    and taken as they stand at the end; else from their masks or, as often, from nothing by a
     decoder that revises, and taken after each of its passes. Each process takes its own. Of the real text the trunk
     sees what it would have seen had the decoder drawn the real tokens. Returns CriticExamples, or None where no
     sequence is here.
@@ -196,7 +196,11 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
         return steps
     steps = decoded()
     if not config.mask_ratios:    # nothing is revised: the critic scores what is there at the end
-        generated, real = ((made[-1]['x'], made[-1]['hidden']) for made in (steps, decoded(Given(x0))))
+        generated = real = steps[-1]['x'], steps[-1]['hidden']
+        if config.plan == 'speculative':    # its views are of masks behind the given text, whatever is drawn
+            real = torch.where(mask, x0, real[0]), real[1]
+        else:
+            real = tuple(decoded(Given(x0))[-1][name] for name in ('x', 'hidden'))
         return CriticExamples(generated, real, mask, torch.ones(len(mask), device=mask.device), *counts)
     n, hidden = len(steps), [0]
     masked = torch.stack([step['xt'] == model.mask_id for step in steps])

@@ -64,6 +64,8 @@ def decoder_config(args, model, path, prefix_only=True):
     if config.plan != 'wavefront' and args.seed_text and args.seed_placement == 'random':
         raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
                          f'random, which --plan wavefront takes')
+    if config.plan == 'speculative':
+        require_speculative(args, config)
     revisions = args.iterations - config.plan_passes
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
@@ -87,10 +89,21 @@ def decoder_config(args, model, path, prefix_only=True):
     return config
 
 
+def require_speculative(args, config):
+    """InputError for flags that --plan speculative has no use for."""
+    drafts = 'drafts with the sampler head and revises nothing that its passes have checked'
+    if not config.use_sampler:
+        raise InputError(f'--plan speculative {drafts}; found naive decoding, wanted another --plan')
+    revises = args.plan_passes is None and args.iterations > 1 and asks_to_revise(args)
+    if revises or config.plan_passes != args.iterations or args.corrections:
+        raise InputError(f'--plan speculative {drafts}; found a flag that revises or corrects, wanted --plan blocks')
+
+
 def described(config, windows=1):
     """A DecoderConfig in words: by what, in which order, in how many passes; windows: that cover a sequence."""
     plan = f', plan {config.plan}' if config.use_sampler or config.plan != 'wavefront' else ''    # naively it has none
-    return f'{"with the sampler head" if config.use_sampler else "naively"}{plan}, {passes_text(config.passes)}' \
+    most = 'at most ' if config.plan == 'speculative' and config.passes > 1 else ''
+    return f'{"with the sampler head" if config.use_sampler else "naively"}{plan}, {most}{passes_text(config.passes)}' \
         + (f' over each of {windows} windows' if windows > 1 else '')
 
 

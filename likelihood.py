@@ -12,9 +12,13 @@ plans is a lower bound on that of the decoder that draws one. It is what samplin
 References: order-agnostic autoregression, https://arxiv.org/abs/2110.02037; deterministic orders, DUEL,
 https://arxiv.org/abs/2603.01367
 """
+import math
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
+import speculative
 from noise import pieces
 from sampler import gather_neighbors, pad, uncast
 
@@ -27,6 +31,8 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     the likelihood of the sequence. Costs plan.passes forward
     passes, which read a text once where the plan is blockwise.
     """
+    if plan.speculative:
+        return speculated(model, x0, plan)
     pass_of, wave_of = plan.pass_of.expand_as(x0), plan.wave_of.expand_as(x0)
     key = pass_of * (int(wave_of.max()) + 1) + wave_of    # earlier positions have a smaller one
     state = lane_states(model, x0, plan) if use_sampler and plan.lanes else None
@@ -50,6 +56,45 @@ def log_likelihood(model, x0, plan, use_sampler=True):
             log_prob = torch.log_softmax(logits.double(), -1).gather(1, x0[at][:, None])[:, 0]
             result[at[0].cpu(), at[1].cpu()] = log_prob.cpu()
     return result
+
+
+def speculated(model, x0, plan):
+    """log_likelihood of speculative decoding (speculative.py): exact, summed over where drafts may have been rejected.
+
+    A token x_i of a draft is kept with probability min(target, draft) and drawn anew with max(0, target - draft), which
+    ends the pass; both together are target(x_i). Behind the last pass the draft stands as it is. So the chance that a
+    prefix is written and that its end is the d-th token of the draft of pass k follows from that of the prefix before.
+    """
+    (B, T), (lane,) = x0.shape, plan.lanes[0]
+    n = speculative.draft_length(T - lane.start, plan.speculative)
+    draft = log_likelihood(model, x0, replace(plan, speculative=0))    # float64 on the CPU
+    trunk = draft.clone()
+    reader = model.reader(B, T)
+    read = reader.read(x0[:, :-1])
+    for t in range(T - 1):    # one position at a time: of a large vocabulary no more logits than in training
+        log_prob = torch.log_softmax(reader.lm_head(read[:, t]).double(), -1)
+        trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu()
+    target = torch.logaddexp(trunk, draft) - math.log(2)    # as speculative.mixture
+    result = draft.clone()
+    checked = torch.zeros(B, plan.passes, n, dtype=torch.float64)    # given the prefix: pass k, d tokens of its draft
+    checked[:, 0, 0], unchecked = 1, torch.zeros(B, dtype=torch.float64)
+    for t in range(lane.start + 1, T):
+        checked, unchecked = leave_last(checked, unchecked)
+        kept = torch.minimum(target[:, t], draft[:, t]).exp()
+        anew = target[:, t].exp() - kept
+        on = checked * kept[:, None, None]
+        next_pass = on[:, :, -1] + checked.sum(2) * anew[:, None]
+        checked = F.pad(on[:, :, :-1], (1, 0))
+        checked[:, 1:, 0] += next_pass[:, :-1]
+        unchecked = unchecked * draft[:, t].exp()
+        total = checked.sum((1, 2)) + unchecked
+        result[:, t], checked, unchecked = total.log(), checked / total[:, None, None], unchecked / total
+    return result
+
+
+def leave_last(checked, unchecked):
+    """The last of the passes has a draft that no other checks: its share, (B, K, n) and (B,), is moved."""
+    return checked * (torch.arange(checked.size(1)) < checked.size(1) - 1)[:, None], unchecked + checked[:, -1].sum(1)
 
 
 def lane_states(model, x0, plan):

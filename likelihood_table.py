@@ -1,8 +1,9 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
-likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes, waves
-(sequential steps of filling), nats_per_token and its standard error over sequences, bits_per_character, seconds for a
-batch of samples at temperature 1. What they depend on is in likelihood_identity.json.
+likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes (that a
+batch made: speculative decoding may need fewer than it is allowed), waves (sequential steps of filling), nats_per_token
+and its standard error over sequences, bits_per_character, seconds for a batch of samples at temperature 1. What they
+depend on is in likelihood_identity.json.
 """
 import json
 import math
@@ -39,11 +40,14 @@ COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits
 
 def list_decoders(model, passes):
     """(decoder, plan, passes) of every line: naive and with the head, each plan in the numbers of passes it takes."""
-    passes = [n for n in passes if n <= model.config.block_size]
+    T = model.config.block_size
+    passes = [n for n in passes if n <= T]
     found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
     if model.sampler_head is not None:
         found += [('wavefront', plan, 1) for plan in ('wavefront', 'left-to-right', *(f'fronts-{n}' for n in FRONTS))]
         found += [('wavefront', plan, n) for plan in ('interleaved', 'spans', 'blocks') for n in passes if n > 1]
+        allowed = [n for n in passes if 1 < n < T] + [T]    # at last as many as it takes
+        found += [('wavefront', 'speculative', n) for n in allowed]
     return found
 
 
@@ -74,7 +78,8 @@ def measure(evaluation, decoders, progress):
     entries = [None] * len(todo)
     for rank, part in enumerate(processes.gathered(own)):
         entries[rank::processes.world] = part
-    return entries
+    last = {(e['decoder'], e['plan'], e['passes']): e for e in entries}    # a larger allowance is of no use
+    return list(last.values())
 
 
 def measure_decoder(evaluation, rows, decoder, name, passes):
@@ -99,10 +104,14 @@ def measure_decoder(evaluation, rows, decoder, name, passes):
             plan = plan_of(model, name, passes, seed, sequences, evaluation.device)
             nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
         nats, error = mean_error(torch.cat(nll).tolist())
-        waves = Plan(plan.pass_of[:1], plan.wave_of[:1]).steps(use_sampler)
+        if not plan.speculative:
+            waves = Plan(plan.pass_of[:1], plan.wave_of[:1]).steps(use_sampler)
         config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
                                         seed=seed)
         seconds = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
+        if plan.speculative:
+            made = sample(evaluation, config, range(BATCH))
+            passes, waves = made.passes, made.waves
     bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
     return {'decoder': decoder, 'plan': name, 'passes': passes, 'waves': waves, 'nats_per_token': nats, 'error': error,
             'bits_per_character': nats * bits, 'seconds': seconds}
@@ -144,7 +153,7 @@ def plot(entries, corpus, path):
     from matplotlib.ticker import LogLocator, NullFormatter
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
     styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
-    lines = {'random': ':', 'interleaved': '--', 'blocks': '-', 'spans': '-.'}
+    lines = {'random': ':', 'interleaved': '--', 'speculative': '-', 'blocks': (0, (8, 2)), 'spans': '-.'}
     markers = {'left-to-right': '>', 'fronts-4': 'D', 'fronts-16': 'v', 'wavefront': '*'}    # of one pass
     for axis, key in zip(axes, ('passes', 'seconds')):
         for decoder, plan in dict.fromkeys((e['decoder'], e['plan']) for e in entries):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-TOKENS, ORDER, POSITIONS, CORRECTIONS, KEPT = range(5)    # streams of noise: one for each use
+TOKENS, ORDER, POSITIONS, CORRECTIONS, KEPT, ACCEPTED, REPLACED = range(7)    # streams of noise: one for each use
 COLD = 1e-6    # a temperature below it is 0: logits divided by it may not be finite
 CANDIDATES = 1024    # likeliest tokens that are sorted for top_p, unless they do not reach it
 GROUP = 256    # tokens whose weights are summed before the running sum of a large vocabulary
@@ -86,9 +86,16 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
     """
     if temperature < COLD:
         return logits.argmax(-1)
+    return invert(weights(logits, temperature, top_p), u)
+
+
+def weights(logits, temperature=1.0, top_p=1.0):
+    """What sample draws by: non-negative (N, V), the probabilities but for a factor where top_p is below 1."""
+    if temperature < COLD:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
     if top_p == 1:
         # rounded in float32, a weight is as exact as its logit; what loses the tail is a sum in float32
-        return invert(torch.softmax(logits if temperature == 1 else logits / temperature, -1), u)
+        return torch.softmax(logits if temperature == 1 else logits / temperature, -1)
     prob = torch.softmax(exact(logits) / temperature, -1)
     n, V = CANDIDATES, prob.size(-1)
     likeliest, order = prob.topk(min(n, V))
@@ -96,7 +103,7 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
         n *= 4
         likeliest, order = prob.topk(min(n, V))
     likeliest = likeliest.masked_fill(likeliest.cumsum(-1) - likeliest >= top_p, 0)
-    return invert(torch.zeros_like(prob).scatter(-1, order, likeliest), u)
+    return torch.zeros_like(prob).scatter(-1, order, likeliest)
 
 
 def invert(weight, u):

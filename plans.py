@@ -6,8 +6,9 @@ positions by what they drew, by confidence or by the critic, can only revise wha
 Plans of one pass: wavefront (the most confident positions first, then outwards), left-to-right, fronts-N (N evenly
 spaced starts, each going right). Of any number of passes: blocks (from left to right, inside them too), spans (blocks
 in random order, each from both ends), interleaved (every K-th position, nested as van der Corput's sequence), random.
+speculative is left-to-right in one pass, which further passes check and correct (speculative.py).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,11 @@ class Plan:
     wave_of: torch.Tensor    # (B, T) int64; in wave 0 the language-model head fills, in later ones the sampler head
     lanes: list = None       # [[Lane]] of each pass, where filling is from left to right
     blockwise: bool = False    # the trunk reads text from left to right and the block behind it (blocks.py)
+    speculative: int = 0    # forward passes at most, of which all but the first check what the first has written
 
     @property
     def passes(self):
-        return int(self.pass_of.max()) + 1
+        return self.speculative or int(self.pass_of.max()) + 1
 
     def steps(self, use_sampler=True):
         """Sequential steps of filling: waves of any sequence, summed over passes; naive filling takes one each."""
@@ -68,6 +70,9 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start
     B, at = len(sequences), torch.arange(length)
     passes = min(passes, length)
     pass_of, wave_of = torch.zeros(B, length, dtype=torch.int64), None
+    if name == 'speculative':
+        plan = make_plan('left-to-right', length, 1, sequences=sequences, start=start, device=device)
+        return replace(plan, blockwise=True, speculative=passes)
     if name == 'left-to-right' or is_fronts(name) or name == 'blocks':
         plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
         return Plan(plan.pass_of.expand(B, -1).to(device), plan.wave_of.expand(B, -1).to(device), plan.lanes,

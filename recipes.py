@@ -32,6 +32,7 @@ RECIPES = {
     # with it
     'wavefront': Recipe(dict(order='confidence'), 1, 16, ('0.7-0.05',), (2.0,)),
     'wavefront-planned': Recipe({}, 2, 16, ('interleaved', 'blocks', 'spans')),
+    'speculative': Recipe({}, schedules=('speculative',)),
     'left-to-right': Recipe(dict(plan='left-to-right', order='critic'), 1, 16, ('0.7-0.05',), (2.0, 4.0, 0.0)),
     'wavefront-critic': Recipe(dict(order='critic'), 2, 16, ('0.7-0.05',), (2.0, 4.0, 0.0)),
     'wavefront-corrected': Recipe(dict(order='critic', corrections=8), 1, 16, ('0.7-0.1',), (2.0,)),
@@ -39,8 +40,8 @@ RECIPES = {
 BASELINE = 'ar_baseline'    # the evaluator's own samples; a forward pass for each token
 PASSES = (1, 4, 8, 16, 64)
 TEMPERATURES = (0.7, 0.85, 1.0, 1.2, 1.4)
-QUICK = {'decoders': ('naive-planned', 'naive-remask', 'left-to-right', 'wavefront-critic'), 'passes': (1, 4, 16),
-         'temperatures': (0.8, 1.0, 1.2)}
+QUICK = {'decoders': ('naive-planned', 'naive-remask', 'left-to-right', 'speculative', 'wavefront-critic'),
+         'passes': (1, 4, 16), 'temperatures': (0.8, 1.0, 1.2)}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ COLUMNS = {
     'judge': 'judge'}
 COLORS = {'ar_baseline': '#555555', 'naive-random': '#e0b08f', 'naive-confidence': '#d1804f', 'naive-remask': '#a33d1a',
           'naive-planned': '#c9a227', 'naive-margin': '#8c6bb1', 'naive-remdm': '#e377a2', 'wavefront': '#7fb3c8',
-          'wavefront-planned': '#6a9a5b', 'left-to-right': '#3b528b',
+          'wavefront-planned': '#6a9a5b', 'left-to-right': '#3b528b', 'speculative': '#000000',
           'wavefront-critic': '#1f6f8b', 'wavefront-corrected': '#0b3846'}
 
 

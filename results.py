@@ -15,7 +15,7 @@ from files import require_file
 # what decides results besides the files that are named; report.py only presents them
 SOURCES = ('autoregressive', 'batches', 'blocks', 'cache', 'corpus', 'critic', 'decoding', 'device', 'diffusion',
            'evaluate', 'filling', 'judge', 'layers', 'likelihood', 'likelihood_table', 'metrics', 'model', 'ngram',
-           'noise', 'plans', 'recipes', 'sampler', 'timing')
+           'noise', 'plans', 'recipes', 'sampler', 'speculative', 'timing')
 MEASURES = ('nll', 'nll_ngram', 'distinct4', 'entropy')    # that no report can do without
 SETTING = {'decoder': str, 'passes': int, 'schedule': str, 'noise': float, 'temperature': float, 'curve': str,
            'seconds_1': float, 'seconds_batch': float, 'measures': dict}

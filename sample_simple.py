@@ -58,8 +58,8 @@ def parser():
     add('--iterations', type=int, metavar='N', help='forward passes over a window of one block; longer texts take '
         'overlapping windows (default: 15)')
     add('--plan', metavar='NAME', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
-        '(default with a sampler: blocks; left-to-right where a flag asks to revise; else, and where text is given '
-        'elsewhere than as a prefix, wavefront)')
+        '(default with a sampler: speculative; where a flag asks to revise, left-to-right; else, and where text is '
+        'given elsewhere than as a prefix, wavefront)')
     add('--plan-passes', type=int, metavar='N',
         help=f'iterations that the plan takes, the others revise (default: 1, or all for {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')

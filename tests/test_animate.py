@@ -130,7 +130,8 @@ def test_lines_end_where_the_text_says_so_and_wide_characters_take_two_cells():
 
 
 def test_the_flag(script, trained_once):
-    flags = ['--out-dir', trained_once[0], '--iterations', 2, '--num-samples', 3, '--no-progress', '--batch-size', 2]
+    flags = ['--out-dir', trained_once[0], '--iterations', 2, '--num-samples', 3, '--no-progress', '--batch-size', 2,
+             '--plan', 'blocks']
     status, out, err = script('sample_simple.py', *flags, '--animate', 50)
     assert status == 0, err
     assert out.count('--- pass') == 2 and out.count('--- sample') == 3 and '░' in out

@@ -19,7 +19,9 @@ def test_the_default_takes_the_iterations_asked_for(iterations):
     model = tiny_model()
     assert default_config(model, iterations).passes == iterations
     decoded = decode_block(model, *blank(model), default_config(model, iterations), range(3), range(24))
-    assert decoded.passes == iterations
+    assert 1 <= decoded.passes <= iterations, 'it may be done sooner'
+    naive = default_config(model, iterations, use_sampler=False)
+    assert decode_block(model, *blank(model), naive, range(3), range(24)).passes == naive.passes == iterations
     assert default_config(model).order == 'critic' and default_config(model, use_sampler=False).order == 'confidence'
     assert not default_config(tiny_model(heads=False)).use_sampler
 

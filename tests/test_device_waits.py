@@ -110,7 +110,8 @@ def test_filling_from_left_to_right_never_waits():
         return result
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
-        decode_block(model, *blank(model), default_config(model, 4), range(3), range(T))
+        config = default_config(model, 4, plan='blocks')
+        decode_block(model, *blank(model), config, range(3), range(T))
     assert found == [0] * 4
 
 

@@ -68,7 +68,8 @@ def test_examples_come_from_the_shipped_decoder(monkeypatch):
     for w, (c, _) in zip(whole, seen):    # as sample_simple.py would
         default = judge.default_config(generator, c.passes, c.use_sampler, w)
         assert (c.plan, c.plan_passes, c.mask_ratios) == (default.plan, default.plan_passes, default.mask_ratios)
-    assert {(w, c.plan) for w, (c, _) in zip(whole, seen) if c.use_sampler} == {(True, 'blocks'), (False, 'wavefront')}
+    assert {(w, c.plan) for w, (c, _) in zip(whole, seen) if c.use_sampler} == {
+        (True, 'speculative'), (False, 'wavefront')}
 
 
 @pytest.mark.parametrize('B', [1, 2, 3])

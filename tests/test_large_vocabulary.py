@@ -32,9 +32,10 @@ before = peak()
 for name, free, config in (
         ('naive', scattered, DecoderConfig(use_sampler=False, mask_ratios=(0.1,))),
         ('wavefront', scattered, DecoderConfig(order='critic', mask_ratios=(0.1,))),
-        ('blocks', behind, default_config(model, 4))):
+        ('blocks', behind, default_config(model, 4, plan='blocks')),
+        ('speculative', behind, default_config(model, 4))):
     clock = time.time()
-    assert config.plan == ('blocks' if name == 'blocks' else 'wavefront')
+    assert config.plan == (name if name in ('blocks', 'speculative') else 'wavefront')
     decoded = decode_block(model, x, free, config, range(64), range(256), wanted=['p_generated'])
     assert (decoded.x < 50257).all() and torch.equal(decoded.x[~free], x[~free])
     assert (decoded.p_generated[free] > 0).all()
@@ -44,9 +45,9 @@ for name, free, config in (
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='elsewhere a peak may be that of the parent process')
 def test_decoding_64_sequences_with_50257_tokens_stays_below_2_gigabytes():
-    """Over the model's own memory, naively, by wavefront in the critic's order and, as is the default, in blocks with
-    the critic's scores: logits of the whole block would take 3.3 GB in float32 and twice that in float64, which took
-    more than 10 GB.
+    """Over the model's own memory, naively, by wavefront in the critic's order and, with the critic's scores, in blocks
+    and, as is the default, speculatively: logits of the whole block would take 3.3 GB in float32 and twice that in
+    float64, which took more than 10 GB.
 
     Six blank sequences and an eighth of the positions of the others, or all behind a prefix: 3,400 to 3,600 positions,
     whose logits would take 2.1 GB if they were made all at once, with their float64 copy. All 16,384 positions would
@@ -57,5 +58,5 @@ def test_decoding_64_sequences_with_50257_tokens_stays_below_2_gigabytes():
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     found = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in found] == ['naive', 'wavefront', 'blocks']
+    assert [name for name, *_ in found] == ['naive', 'wavefront', 'blocks', 'speculative']
     assert all(0 < float(gigabytes) < 2 for _, gigabytes, _ in found)

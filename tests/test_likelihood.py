@@ -15,7 +15,7 @@ from plans import Plan, make_plan
 
 V, T = 3, 5    # letters and length of the tiny texts: 243 of them
 PLANS = [('left-to-right', 1), ('fronts-2', 1), ('blocks', 2), ('blocks', 5), ('interleaved', 3), ('random', 2),
-         ('spans', 2), ('wavefront', 1)]
+         ('spans', 2), ('wavefront', 1), ('speculative', 1), ('speculative', 2), ('speculative', 3), ('speculative', 5)]
 
 
 def tiny(seed=0):

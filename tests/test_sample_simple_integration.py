@@ -101,8 +101,9 @@ def test_threshold_obeys_no_revise_and_noise(sample, tmp_path):
         assert all(later <= earlier for earlier, later in zip(masked, masked[1:])) and masked[0]
 
 
-def test_saved_steps_tell_the_whole_story(sample, tmp_path):
-    sample('--num-samples', 2, '--iterations', 3, '--save', tmp_path / 'o.json', '--seed-text', 'on')
+@pytest.mark.parametrize('flags', [(), ('--plan', 'blocks')])
+def test_saved_steps_tell_the_whole_story(sample, tmp_path, flags):
+    sample('--num-samples', 2, '--iterations', 3, '--save', tmp_path / 'o.json', '--seed-text', 'on', *flags)
     saved = json.loads((tmp_path / 'o.json').read_text())
     assert list(saved)[0] == 'schema' and saved['settings']['seed'] == 1337 and saved['vocabulary']['name'] == 'toy'
     for s in saved['samples']:
@@ -112,7 +113,7 @@ def test_saved_steps_tell_the_whole_story(sample, tmp_path):
             masked = [i for i, token in enumerate(following['input_masked']) if token == saved['mask_id']]
             assert masked == step['remasked_indices'] and len(step['wave']) == len(step['remask_score']) == 32
             assert all(0 <= score <= 1 for score in step['remask_score'])
-            assert step['corrected_indices'] == []
+        assert all(step['corrected_indices'] == [] for step in s['iterations']) or not flags
 
 
 def test_saved_steps_tell_which_tokens_were_corrected(sample, tmp_path):
@@ -144,7 +145,7 @@ def test_only_what_the_flags_show_is_computed(sample, tmp_path, monkeypatch, fla
 
 def test_plain_lines_where_there_is_no_terminal(script, trained_once):
     """A line for every tenth pass, with --verbose for every one: a pipe was full of them."""
-    flags = ['--out-dir', trained_once[0], '--num-samples', 2]
+    flags = ['--out-dir', trained_once[0], '--num-samples', 2, '--plan', 'blocks']
     _, _, err = script('sample_simple.py', *flags, '--iterations', 12)
     assert err.count('\n') == 1 and 'pass 10: ' in err
     _, _, err = script('sample_simple.py', *flags, '--iterations', 2, '--verbose')
@@ -152,8 +153,8 @@ def test_plain_lines_where_there_is_no_terminal(script, trained_once):
 
 
 @pytest.mark.parametrize('flags, said', [
-    ([], 'with the sampler head, plan blocks, 15 forward passes, '),
-    (['--iterations', 1], 'with the sampler head, plan blocks, 1 forward pass, '),
+    ([], 'with the sampler head, plan speculative, at most 15 forward passes, '),
+    (['--iterations', 1], 'with the sampler head, plan speculative, 1 forward pass, '),
     (['--order', 'critic', '--iterations', 3], 'with the sampler head, plan left-to-right, 3 forward passes, '),
     (['--disable-sampler', '--iterations', 2], 'naively, 2 forward passes, '),
     (['--disable-sampler', '--plan', 'random', '--iterations', 2], 'naively, plan random, 2 forward passes, '),
