@@ -6,10 +6,10 @@
 
 Rows run in turn after a warm-up, figures are medians, ratios are taken within each round: read ratios, not seconds,
 where the machine has other work. A decoding's time is that of the trunk, of waves (filling by the head or from the
-trunk's marginals), corrections, remasking (scores and choosing) and sampling (drawing tokens). The utilisation of a
-training step is a share of the speed at which this machine was seen to multiply two matrices, not of a data sheet's
-peak. Settings of train.py may follow, as in --n_layer=2. Reference: nanoGPT, whose model.py can be compared
-(https://github.com/karpathy/nanoGPT).
+trunk's marginals), of checking drafts, corrections, remasking (scores and choosing) and sampling (drawing tokens). The
+utilisation of a training step is a share of the speed at which this machine was seen to multiply two matrices, not of a
+data sheet's peak. Settings of train.py may follow, as in --n_layer=2. Reference: nanoGPT, whose model.py can be
+compared (https://github.com/karpathy/nanoGPT).
 """
 import environment    # before torch
 
@@ -45,6 +45,7 @@ from files import make_folder, write_atomically
 from filling import Naive, Wavefront
 from model import GPT, GPTConfig
 from settings import Range, check, check_range
+from speculative import Writer
 from timing import in_turn, machine, matmul_rate, medians, peak_memory, ratio
 
 RATIOS = {'stage2_over_stage1': ('stage 2', 'stage 1'), 'stage3_over_stage1': ('stage 3', 'stage 1'),
@@ -217,8 +218,10 @@ class Autoregressive:
 def parts_timed(clock):
     """Time of each part of a decoding, into a Clock; what one part calls of another counts for the other alone."""
     kept, inside = [], []
-    for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'read', 'trunk'), (Naive, 'fill', 'waves'),
-                                (Wavefront, 'fill', 'waves'), (Wavefront, 'fill_from_left', 'waves'),
+    for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'through_blocks', 'trunk'),
+                                (Naive, 'fill', 'waves'), (Wavefront, 'fill', 'waves'),
+                                (Wavefront, 'fill_from_left', 'waves'), (Writer, 'draft', 'waves'),
+                                (Writer, 'check', 'checking'),
                                 (Wavefront, 'correct', 'corrections'), (Naive, 'rescore', 'remasking'),
                                 (Wavefront, 'rescore', 'remasking'), (CriticHead, 'forward', 'remasking'),
                                 (decoding, 'positions_to_remask', 'remasking'), (filling, 'sample', 'sampling'),

@@ -43,6 +43,7 @@ def list_decoders(model, passes):
     T = model.config.block_size
     passes = [n for n in passes if n <= T]
     found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
+    found += [('naive', 'blocks', T)]    # one token in each pass: how the trunk reads text
     if model.sampler_head is not None:
         found += [('wavefront', plan, 1) for plan in ('wavefront', 'left-to-right', *(f'fronts-{n}' for n in FRONTS))]
         found += [('wavefront', plan, n) for plan in ('interleaved', 'spans', 'blocks') for n in passes if n > 1]

@@ -22,12 +22,13 @@ from filling import small_products
 from noise import exact, invert, pieces, weights
 from sampler import uncast
 
-SHORTEST = 16    # tokens of a draft
+DRAFT = 16, 32    # tokens of a draft: with passes enough, and with few, none of which is to end without a rejection
 
 
 def draft_length(length, passes):
-    """Tokens in the drafts of so many passes over length tokens: twice their even share, for half may be rejected."""
-    return max(SHORTEST, 2 * math.ceil(length / passes))
+    """Tokens in the drafts of so many passes over length tokens."""
+    enough, most = DRAFT
+    return min(most, max(enough, 2 * math.ceil(length / passes)))
 
 
 def mixture(trunk, head):

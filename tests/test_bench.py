@@ -67,9 +67,9 @@ def test_one_command_writes_every_ratio(script, tmp_path):
     rows = result['rows']
     steps = {'total', 'forward', 'backward', 'optimizer'}
     assert set(rows['stage 3']['seconds']) == steps | {'batch'} and set(rows['nanoGPT']['seconds']) == steps
-    assert rows['wavefront 4, batch 32']['passes'] == 4 and rows['wavefront 4, batch 32']['steps'] == 16
+    assert 1 < rows['wavefront 4, batch 32']['passes'] <= 4 and rows['wavefront 4, batch 32']['steps'] >= 16
     assert rows['naive 15, batch 1']['steps'] == 15 and rows['autoregressive, batch 1']['passes'] == 15
-    assert set(rows['wavefront 15, batch 1']['seconds']) == {'total', 'trunk', 'waves', 'sampling'}
+    assert set(rows['wavefront 15, batch 1']['seconds']) == {'total', 'trunk', 'waves', 'checking', 'sampling'}
     assert set(rows['autoregressive, batch 1']['seconds']) == {'total', 'trunk', 'sampling'}
     assert set(rows['corrected 4, batch 1']['seconds']) == {'total', 'trunk', 'waves', 'corrections', 'remasking',
                                                             'sampling'}
@@ -102,7 +102,7 @@ def test_timing_parts_changes_no_token():
     plain = decoded()
     with bench.parts_timed(clock):
         assert torch.equal(decoded(), plain)
-    assert set(clock.seconds) == {'trunk', 'waves', 'sampling'}
+    assert set(clock.seconds) == {'trunk', 'waves', 'checking', 'sampling'}
     assert torch.equal(decoded(), plain) and bench.Wavefront.fill.__name__ == 'fill'
 
 
