@@ -19,7 +19,7 @@ MASKED, GIVEN, FIRST, WAVE, REMASKED, CORRECTED = 'masked', 'given', 'first', 'w
 STYLES = {MASKED: 'dim', GIVEN: 'bold', FIRST: 'yellow italic', WAVE: 'cyan', CORRECTED: 'green italic underline',
           REMASKED: 'magenta underline'}
 MEANINGS = {MASKED: 'masked', GIVEN: 'given', FIRST: 'by the language-model head', WAVE: 'by the sampler head',
-            CORRECTED: 'corrected by the sampler head', REMASKED: 'again, after remasking'}
+            CORRECTED: 'corrected', REMASKED: 'written again'}
 PLACEHOLDER = '░'    # of a mask
 
 

@@ -74,19 +74,19 @@ class CachedTrunk:
     def read_at(self, ids, starts):
         """Hidden states (B, n, C) of tokens, each sequence's from a place of its own: ids (B, n), starts (B,) int64.
 
-        What is remembered of places behind them counts for nothing and is written over when they are read again. Those
-        behind the length are not read: their states mean nothing.
+        Later positions that were read before count for nothing: they are written over when they are read again. The
+        length that was asked for must have room for all tokens. Beyond block_size angles are those of the last position.
         """
         (B, n), device = ids.shape, ids.device
         rows, ahead = torch.arange(B, device=device)[:, None], torch.arange(n + self.past, device=device)
-        at = (starts[:, None] + ahead[:n]).clamp(max=self.length - 1)
-        window = (starts[:, None] + ahead).clamp(max=self.length + self.past - 1)
+        at, window = starts[:, None] + ahead[:n], starts[:, None] + ahead
         later = torch.arange(self.length, device=device) > at[..., None]
         bias = torch.zeros(later.shape, dtype=self.dtype, device=device).masked_fill(later, float('-inf'))[:, None]
 
         def keep(cache, new):
             cache[rows, :, at] = new.transpose(1, 2)
-        return self.through_blocks(ids, at[:, None], self.length, bias, keep,
+        angles = at.clamp(max=len(self.cos) - 1)
+        return self.through_blocks(ids, angles[:, None], self.length, bias, keep,
                                    lambda inputs, conv: depthwise(inputs[rows, window], conv[:self.past + 1]))
 
     def through_blocks(self, ids, positions, end, bias, keep, convolve):

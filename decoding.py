@@ -61,11 +61,11 @@ def default_config(model, iterations=15, use_sampler=None, prefix_only=True, rev
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
     use_sampler None: wherever the model has a sampler head. With it the text is written from left to right by the head
-    and checked by the trunk, a draft in each pass (speculative.py), or, with corrections, in blocks; what stands is not
-    revised: at real text's diversity nothing tried that revises is as likely. revising: the first pass writes
-    everything, the others remask and refill. Text that is given elsewhere than as a prefix (prefix_only False) is
-    filled in as wavefronts and revised. The critic orders what the head filled, for it learned from that; without the
-    head confidence does.
+    and checked by the trunk as far as the iterations go (speculative.py), or, with corrections or a temperature that
+    changes, in blocks; then it is not revised: at real text's diversity nothing tried that revises is as likely.
+    revising: the first pass writes everything, the others remask and refill. Text that is given elsewhere than as a
+    prefix (prefix_only False) is filled in as wavefronts and revised. The critic orders what the head filled, for it
+    learned from that; without the head confidence does.
     """
     use_sampler = model.sampler_head is not None if use_sampler is None else use_sampler
     config = DecoderConfig(
@@ -74,7 +74,8 @@ def default_config(model, iterations=15, use_sampler=None, prefix_only=True, rev
     if use_sampler and prefix_only:
         config.plan = 'left-to-right'
         if not revising:
-            config.plan = 'blocks' if changes.get('corrections') else 'speculative'
+            changing = changes.get('corrections') or changes.get('end_temperature') is not None
+            config.plan = 'blocks' if changing else 'speculative'
             config.plan_passes, config.mask_ratios = iterations, ()
     return replace(config, **changes)
 
@@ -156,7 +157,8 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     x (B, T) ids, of which the free ones are ignored; free (B, T) bool; sequences (B,) and positions (T,) int name them
     to the noise. on_pass is called with a dict after every pass. filler: of make_filler, None makes one. wanted: some
     of WANTED, 'hidden' (the trunk's view) and 'remask_score' for on_pass, 'p_generated' in the Decoded that is
-    returned. While a plan is followed and no score is wanted, a pass does not wait for the device.
+    returned. While a plan is followed and no score is wanted, a pass does not wait for the device;
+    a speculative one waits once.
     """
     assert set(wanted) <= set(WANTED), f'wanted {wanted}, there are {WANTED}'
     filler, critic = filler or make_filler(model, config), model.critic_head
@@ -169,7 +171,9 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
         if plan.speculative:
-            return decode_speculatively(model, x, free, config, at_sequences, at_positions, on_pass, filler, wanted)
+            begin = positions[0]
+            return decode_speculatively(model, x, free, plan, config, at_sequences, at_positions,
+                                        on_pass and (lambda step: on_pass(step | {'start': begin})), filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
@@ -244,22 +248,25 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     return Decoded(x, p_generated_of(model, x, free, hidden) if 'p_generated' in wanted else None, i + 1, waves)
 
 
-def decode_speculatively(model, x, free, config, sequences, positions, on_pass, filler, wanted):
-    """decode_block where speculative.py writes everything. ValueError for settings of which it has no use."""
-    if not config.use_sampler or config.mask_ratios or config.corrections:
-        raise ValueError(f'the speculative plan needs the sampler head and never revises or corrects; found {config}')
+def decode_speculatively(model, x, free, plan, config, sequences, positions, on_pass, filler, wanted):
+    """decode_block where speculative.py writes everything: x (B, T) ids, [MASK] where free. ValueError for settings
+    that it does not know."""
+    if not config.use_sampler or config.mask_ratios or config.corrections or config.end_temperature is not None:
+        raise ValueError(f'the speculative plan needs the sampler head and one temperature, and never revises or '
+                         f'corrects; found {config}')
     u = torch.stack([uniform(config.seed, stream, sequences, 0, positions, x.device)
                      for stream in (TOKENS, ACCEPTED, REPLACED)])
-    count = iter(range(config.plan_passes))
 
-    def on_draft(step, hidden):
+    def on_draft(step):
+        hidden = step.pop('hidden')
         if 'remask_score' in wanted:
             at, score = (free & (step['x'] != model.mask_id)).nonzero(as_tuple=True), exact(torch.zeros_like(x))
             score[at] = score_at(model, filler, config, step['x'], hidden, at)
             step['remask_score'] = score
-        on_pass(step | {'pass': next(count), 'start': int(positions[0])}
-                | {'hidden': hidden for name in wanted if name == 'hidden'})
-    text, hidden, passes, steps = speculative.write(model, filler, x, free, given_prefix(free), config, u,
+        if 'hidden' in wanted:
+            step['hidden'] = hidden
+        on_pass(step)
+    text, hidden, passes, steps = speculative.write(model, filler, x, free, plan.lanes[0][0].start, config, u,
                                                     on_draft if on_pass else None)
     return Decoded(text, p_generated_of(model, text, free, hidden) if 'p_generated' in wanted else None, passes, steps)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import speculative
 from batches import Share, spread_choice, untaught
 from blocks import lay_out, views
 from critic import CriticExamples, critic_loss
@@ -172,11 +173,10 @@ class Given:
 def critic_examples(model, batch, n_sequences, seed, iterations):
     """Sequences as the shipped decoder fills and revises them, and the same ones of real text.
 
-    About n_sequences of the global batch are decoded: half the time, by lot, from nothing as by default,
-    and taken as they stand at the end; else from their masks or, as often, from nothing by a
-    decoder that revises, and taken after each of its passes. Each process takes its own. Of the real text the trunk
-    sees what it would have seen had the decoder drawn the real tokens. Returns CriticExamples, or None where no
-    sequence is here.
+    About n_sequences of the global batch are decoded: half the time, by lot, from nothing as by default, and taken as
+    they are at the end; else from their masks or, as often, from nothing by a decoder that revises, and taken after
+    each of its passes. Each process takes its own. Of the real text the trunk sees what it would have seen had the
+    decoder drawn the real tokens. Returns CriticExamples, or None where no sequence is here.
     """
     generator = torch.Generator().manual_seed(derive(seed, 0))
     all_chosen = spread_choice(batch.share.total, n_sequences, generator)
@@ -196,11 +196,14 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
         return steps
     steps = decoded()
     if not config.mask_ratios:    # nothing is revised: the critic scores what is there at the end
-        generated = real = steps[-1]['x'], steps[-1]['hidden']
-        if config.plan == 'speculative':    # its views are of masks behind the given text, whatever is drawn
-            real = torch.where(mask, x0, real[0]), real[1]
+        end = steps[-1]
+        if config.plan == 'speculative':
+            checked = (end['xt'] != model.mask_id) | end['corrected']
+            checked[:, 0] = False    # the first token is not
+            real = x0, speculative.views_of(model, x0, 0, checked)
         else:
             real = tuple(decoded(Given(x0))[-1][name] for name in ('x', 'hidden'))
+        generated = end['x'], end['hidden']
         return CriticExamples(generated, real, mask, torch.ones(len(mask), device=mask.device), *counts)
     n, hidden = len(steps), [0]
     masked = torch.stack([step['xt'] == model.mask_id for step in steps])

@@ -91,12 +91,18 @@ def decoder_config(args, model, path, prefix_only=True):
 
 def require_speculative(args, config):
     """InputError for flags that --plan speculative has no use for."""
-    drafts = 'drafts with the sampler head and revises nothing that its passes have checked'
-    if not config.use_sampler:
-        raise InputError(f'--plan speculative {drafts}; found naive decoding, wanted another --plan')
     revises = args.plan_passes is None and args.iterations > 1 and asks_to_revise(args)
-    if revises or config.plan_passes != args.iterations or args.corrections:
-        raise InputError(f'--plan speculative {drafts}; found a flag that revises or corrects, wanted --plan blocks')
+    ignored = {
+        '--disable-sampler or a model without a sampler head, which is to draft; wanted another --plan':
+            not config.use_sampler,
+        '--corrections; leave out --plan, or give --plan blocks': args.corrections > 0,
+        '--end-temperature; leave out --plan, or give --plan blocks': args.end_temperature is not None,
+        'a flag about revising, and what has been checked is not revised; leave out --plan': revises,
+        f'--plan-passes {args.plan_passes} and --iterations {args.iterations}, for it leaves none to revise; leave out the '
+        f'first': config.plan_passes < args.iterations}
+    for found, is_so in ignored.items():
+        if is_so:
+            raise InputError(f'--plan speculative does not go with {found}')
 
 
 def described(config, windows=1):

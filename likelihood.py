@@ -8,11 +8,11 @@ view when everything of the passes before k is visible,
 
 and for naive decoding p_lm in place of p_head. For a fixed plan this is the likelihood itself; its mean over random
 plans is a lower bound on that of the decoder that draws one. It is what sampling at temperature 1 draws from.
+Speculative decoding, where the tokens themselves decide in which pass they are final, has a sum of its own: speculated.
 
 References: order-agnostic autoregression, https://arxiv.org/abs/2110.02037; deterministic orders, DUEL,
 https://arxiv.org/abs/2603.01367
 """
-import math
 from dataclasses import replace
 
 import torch
@@ -28,10 +28,12 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     """Log-probability of each token of x0 under the decoder that follows plan, nats.
 
     x0 (B, T) int64 clean ids; plan: of (B, T) or (1, T). Returns (B, T) float64 on the CPU: sum over a sequence for
-    the likelihood of the sequence. Costs plan.passes forward
-    passes, which read a text once where the plan is blockwise.
+    the likelihood of the sequence. Costs plan.passes forward passes, which read a text once where the plan is
+    blockwise; two where it is speculative.
     """
     if plan.speculative:
+        if not use_sampler:
+            raise ValueError('the speculative plan drafts with the sampler head; found use_sampler False')
         return speculated(model, x0, plan)
     pass_of, wave_of = plan.pass_of.expand_as(x0), plan.wave_of.expand_as(x0)
     key = pass_of * (int(wave_of.max()) + 1) + wave_of    # earlier positions have a smaller one
@@ -68,13 +70,15 @@ def speculated(model, x0, plan):
     (B, T), (lane,) = x0.shape, plan.lanes[0]
     n = speculative.draft_length(T - lane.start, plan.speculative)
     draft = log_likelihood(model, x0, replace(plan, speculative=0))    # float64 on the CPU
+    if T == 1:
+        return draft
     trunk = draft.clone()
     reader = model.reader(B, T)
     read = reader.read(x0[:, :-1])
     for t in range(T - 1):    # one position at a time: of a large vocabulary no more logits than in training
         log_prob = torch.log_softmax(reader.lm_head(read[:, t]).double(), -1)
         trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu()
-    target = torch.logaddexp(trunk, draft) - math.log(2)    # as speculative.mixture
+    target = speculative.mixture(trunk, draft)
     result = draft.clone()
     checked = torch.zeros(B, plan.passes, n, dtype=torch.float64)    # given the prefix: pass k, d tokens of its draft
     checked[:, 0, 0], unchecked = 1, torch.zeros(B, dtype=torch.float64)

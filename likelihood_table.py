@@ -1,9 +1,9 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
-likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes (that a
-batch made: speculative decoding may need fewer than it is allowed), waves (sequential steps of filling), nats_per_token
-and its standard error over sequences, bits_per_character, seconds for a batch of samples at temperature 1. What they
-depend on is in likelihood_identity.json.
+likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes (at most),
+passes_made by a batch of samples (speculative decoding may be done sooner), waves (sequential steps of filling),
+nats_per_token and its standard error over sequences, bits_per_character, seconds for a batch of samples at temperature
+1. What they depend on is in likelihood_identity.json.
 """
 import json
 import math
@@ -79,8 +79,7 @@ def measure(evaluation, decoders, progress):
     entries = [None] * len(todo)
     for rank, part in enumerate(processes.gathered(own)):
         entries[rank::processes.world] = part
-    last = {(e['decoder'], e['plan'], e['passes']): e for e in entries}    # a larger allowance is of no use
-    return list(last.values())
+    return entries
 
 
 def measure_decoder(evaluation, rows, decoder, name, passes):
@@ -89,14 +88,14 @@ def measure_decoder(evaluation, rows, decoder, name, passes):
     The baseline is given one token of the text before, for it cannot begin by itself.
     """
     model, seed, x0 = evaluation.model, evaluation.seed, rows[:, 1:].contiguous()
-    waves, seconds = passes, None
+    waves, seconds, made = passes, None, passes
     if decoder == 'nelbo':
         bound = diffusion.validate(model, x0, BATCH, seed)
         nats, error = bound['nelbo'], bound['nelbo_error']
     elif decoder == 'ar_baseline':
         exact = autoregressive.validate(evaluation.evaluator, rows, BATCH)
         nats, error = exact['nll'], exact['nll_error']
-        seconds = timed(evaluation, lambda sequences: autoregressive.generate(
+        seconds, _ = timed(evaluation, lambda sequences: autoregressive.generate(
             evaluation.evaluator, rows[:len(sequences), :1], rows.size(1), sequences, seed))
     else:
         use_sampler, nll = decoder == 'wavefront', []
@@ -109,13 +108,12 @@ def measure_decoder(evaluation, rows, decoder, name, passes):
             waves = Plan(plan.pass_of[:1], plan.wave_of[:1]).steps(use_sampler)
         config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
                                         seed=seed)
-        seconds = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
+        seconds, decoded = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
         if plan.speculative:
-            made = sample(evaluation, config, range(BATCH))
-            passes, waves = made.passes, made.waves
+            made, waves = decoded.passes, decoded.waves
     bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
-    return {'decoder': decoder, 'plan': name, 'passes': passes, 'waves': waves, 'nats_per_token': nats, 'error': error,
-            'bits_per_character': nats * bits, 'seconds': seconds}
+    return {'decoder': decoder, 'plan': name, 'passes': passes, 'passes_made': made, 'waves': waves,
+            'nats_per_token': nats, 'error': error, 'bits_per_character': nats * bits, 'seconds': seconds}
 
 
 def sample(evaluation, config, sequences):
@@ -125,15 +123,15 @@ def sample(evaluation, config, sequences):
 
 
 def timed(evaluation, function, repeats=3):
-    """Median seconds of function(sequences) for a batch, after a warm-up."""
+    """Median seconds of function(sequences) for a batch, after a warm-up, and what it returns."""
     times = []
     for _ in range(repeats + 1):
         synchronize(evaluation.device)
         start = time.perf_counter()
-        function(range(BATCH))
+        result = function(range(BATCH))
         synchronize(evaluation.device)
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+    return sorted(times[1:])[repeats // 2], result
 
 
 def table(entries):
@@ -141,7 +139,8 @@ def table(entries):
     lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
     for e in entries:
         seconds = '-' if e['seconds'] is None else f'{e["seconds"]:.2f}'
-        lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {e["passes"]} | {e["waves"]} | '
+        passes = f'{e["passes_made"]} of {e["passes"]}' if e['passes_made'] < e['passes'] else e['passes']
+        lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {passes} | {e["waves"]} | '
                      f'{e["nats_per_token"]:.3f} ±{e["error"]:.3f} | {e["bits_per_character"]:.3f} | {seconds} |')
     return '\n'.join(lines)
 
@@ -156,7 +155,7 @@ def plot(entries, corpus, path):
     styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
     lines = {'random': ':', 'interleaved': '--', 'speculative': '-', 'blocks': (0, (8, 2)), 'spans': '-.'}
     markers = {'left-to-right': '>', 'fronts-4': 'D', 'fronts-16': 'v', 'wavefront': '*'}    # of one pass
-    for axis, key in zip(axes, ('passes', 'seconds')):
+    for axis, key in zip(axes, ('passes_made', 'seconds')):
         for decoder, plan in dict.fromkeys((e['decoder'], e['plan']) for e in entries):
             points = [e for e in entries if (e['decoder'], e['plan']) == (decoder, plan)]
             if decoder in styles:
@@ -168,8 +167,8 @@ def plot(entries, corpus, path):
                              ls='--' if decoder == 'nelbo' else '-', label=NAMES[decoder])
                 if decoder != 'nelbo' and key == 'seconds':
                     axis.plot(points[0][key], points[0]['bits_per_character'], 'P', color='grey', ms=8)
-        axis.set(xscale='log', xlabel='forward passes' if key == 'passes' else f'seconds for {BATCH} samples')
-        ticks = dict(base=2) if key == 'passes' else dict(subs=(1, 2, 5))
+        axis.set(xscale='log', xlabel='forward passes' if key == 'passes_made' else f'seconds for {BATCH} samples')
+        ticks = dict(base=2) if key == 'passes_made' else dict(subs=(1, 2, 5))
         axis.xaxis.set_major_locator(LogLocator(**ticks, numticks=20))
         axis.xaxis.set_major_formatter('{x:g}')
         axis.xaxis.set_minor_formatter(NullFormatter())

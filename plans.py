@@ -6,7 +6,7 @@ positions by what they drew, by confidence or by the critic, can only revise wha
 Plans of one pass: wavefront (the most confident positions first, then outwards), left-to-right, fronts-N (N evenly
 spaced starts, each going right). Of any number of passes: blocks (from left to right, inside them too), spans (blocks
 in random order, each from both ends), interleaved (every K-th position, nested as van der Corput's sequence), random.
-speculative is left-to-right in one pass, which further passes check and correct (speculative.py).
+The plan speculative is left-to-right; which passes check what is drafted depends on the tokens (speculative.py).
 """
 from dataclasses import dataclass, replace
 

@@ -153,7 +153,7 @@ def sentences(points, batch):
     with the head that is as likely in the fewest forward passes.
     """
     naive, baseline = family(points, 'naive'), family(points, 'ar_baseline')
-    heads = family(points, 'wavefront', 'left-to-right')
+    heads = family(points, 'wavefront', 'left-to-right', 'speculative')
     lowest = lambda group: min(group, key=lambda p: p['nll']['value'])
     if not heads:
         return 'No decoder with the sampler head reaches real text\'s diversity, or none was measured: no claim.'

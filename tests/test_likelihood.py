@@ -38,8 +38,8 @@ def plan_for(model, name, passes, B=1):
     return make_plan(name, T, passes, sequences=[0], first=first)
 
 
-@pytest.mark.parametrize('use_sampler', [True, False])
-@pytest.mark.parametrize('name, passes', PLANS)
+@pytest.mark.parametrize('name, passes, use_sampler', [
+    (*plan, use) for plan in PLANS for use in (True, False) if use or plan[0] != 'speculative'])
 def test_probabilities_of_all_texts_sum_to_one(name, passes, use_sampler):
     model = tiny()
     with torch.no_grad():
@@ -49,7 +49,8 @@ def test_probabilities_of_all_texts_sum_to_one(name, passes, use_sampler):
 
 @pytest.mark.parametrize('name, passes, use_sampler, dtype', [
     *[(*plan, True, torch.float64) for plan in PLANS], ('blocks', 2, False, torch.float64),
-    *[(*plan, dtype) for plan in [('blocks', 2, True), ('spans', 2, True), ('interleaved', 3, False)]
+    *[(*plan, dtype) for plan in [('blocks', 2, True), ('spans', 2, True), ('interleaved', 3, False),
+                                  ('speculative', 3, True)]
       for dtype in (torch.float32, torch.bfloat16, torch.float16)]])
 def test_samples_have_the_likelihood_that_is_claimed(name, passes, use_sampler, dtype):
     """20,000 samples of the decoder against the 243 probabilities: a chi-squared test, at five standard deviations.

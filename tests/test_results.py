@@ -35,7 +35,8 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     assert evaluated(*flags, samples=False)[0] == 0
     found, of = (json.loads((tmp_path / f'likelihood{name}.json').read_text()) for name in ('', '_identity'))
     assert found[0]['decoder'] == 'nelbo' and of['identity']['passes'] == [1, 2]
-    assert set(found[-1]) == {'decoder', 'plan', 'passes', 'waves', 'nats_per_token', 'error', 'bits_per_character',
+    assert set(found[-1]) == {'decoder', 'plan', 'passes', 'passes_made', 'waves', 'nats_per_token', 'error',
+                              'bits_per_character',
                               'seconds'}
     assert (tmp_path / 'likelihood.png').exists() and (tmp_path / 'likelihood.svg').exists()
     assert evaluated(*flags, samples=False)[0] == 0, 'the same again'

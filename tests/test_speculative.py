@@ -6,10 +6,11 @@ import torch
 
 import decoding
 import speculative
+from cache import CachedTrunk
 from conftest import tiny_model
 from decoding import DecoderConfig, decode_block, generate
 from likelihood import log_likelihood
-from noise import exact
+from noise import ACCEPTED, REPLACED, TOKENS, exact, invert, uniform, weights
 from plans import make_plan
 
 B, T = 5, 24
@@ -36,7 +37,6 @@ def one_by_one(model, n_given=0, temperature=1.0, top_p=1.0):
 
     With the noise of decoding: the head's token is kept with the chance that the mixture leaves it, else replaced.
     """
-    from noise import ACCEPTED, REPLACED, TOKENS, invert, uniform, weights
     given = torch.arange(B * T).view(B, T) * 5 % model.mask_id
     u = {stream: uniform(1337, stream, range(B), 0, range(T)) for stream in (TOKENS, ACCEPTED, REPLACED)}
     reader = model.reader(B, T)
@@ -141,7 +141,12 @@ def test_long_texts_are_written_in_overlapping_windows():
     model = model_64()
     x = torch.full((2, 3 * T), model.mask_id)
     decoded = generate(model, x, x == model.mask_id, config_of(T), range(2))
-    assert (decoded.x != model.mask_id).all()
+    first = decode_block(model, x[:, :T], x[:, :T] == model.mask_id, config_of(T), range(2), range(T)).x
+    assert torch.equal(decoded.x[:, :T], first)
+    start = T - T // 4
+    given = torch.cat((first[:, start:], x[:, :start]), 1)
+    second = decode_block(model, given, given == model.mask_id, config_of(T), range(2), range(start, start + T)).x
+    assert torch.equal(decoded.x[:, start:start + T], second) and (decoded.x != model.mask_id).all()
 
 
 def test_its_likelihood_is_that_of_one_pass_with_one_and_of_the_mixture_with_many():
@@ -166,8 +171,71 @@ def test_its_likelihood_knows_where_drafts_end(monkeypatch, shortest, passes):
     test_likelihood.test_samples_have_the_likelihood_that_is_claimed('speculative', passes, True, torch.float64)
 
 
-@pytest.mark.parametrize('changes', [{'use_sampler': False}, {'mask_ratios': (0.5,)}, {'corrections': 2}])
+@pytest.mark.parametrize('changes', [{'use_sampler': False}, {'mask_ratios': (0.5,)}, {'corrections': 2},
+                                     {'end_temperature': 0.5}])
 def test_settings_of_which_it_has_no_use_are_refused(changes):
     config = decoding.replace(config_of(4), **changes)
     with pytest.raises(ValueError, match='speculative plan'):
         text_of(model_64(), config)
+
+
+@pytest.mark.parametrize('dtype, atol', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_tokens_are_read_at_places_of_their_own_as_in_one_go(dtype, atol):
+    """Also what was read wrongly there before, and when other tokens go beyond the end."""
+    model = tiny_model(vocab_size=8, block_size=T).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = torch.arange(B * T).view(B, T) * 5 % 7
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
+        whole = model.reader(B, T).read(x)
+        reader, starts = CachedTrunk(model, B, T + 10), torch.tensor([3, 7, 12, 15, 19])
+        reader.read(x[:, :3])
+        reader.read_at((x[:, 3:] + 1) % 7, torch.full((B,), 3))    # a draft that is rejected
+        for start in range(3, 20, 4):
+            reader.read_at(x[:, start:start + 4], torch.full((B,), start))
+        ids = torch.stack([torch.nn.functional.pad(row, (0, 10))[start:start + 10] for row, start in zip(x, starts)])
+        hidden = reader.read_at(ids, starts)
+    for b, start in enumerate(starts.tolist()):
+        n = min(10, T - start)
+        torch.testing.assert_close(hidden[b, :n], whole[b, start:start + n], atol=atol, rtol=0)
+
+
+def test_the_views_are_states_where_a_token_was_checked_and_else_of_masks():
+    model, steps = model_64(), []
+    decoded = text_of(model, config_of(4), 3, steps.append, wanted=['hidden'])
+    last = steps[-1]
+    checked = ((last['xt'] != model.mask_id) | last['corrected']) & (torch.arange(T) > 3)
+    assert torch.equal(checked.any(1), torch.ones(B).bool()) and not checked[:, -1].any()
+    expected = speculative.views_of(model, decoded.x, 3, checked)
+    torch.testing.assert_close(last['hidden'][:, 3:], expected[:, 3:])
+    masks = speculative.views_of(model, decoded.x, 3, torch.zeros_like(checked))
+    assert not torch.allclose(masks[:, 3:], expected[:, 3:])
+
+
+def test_a_replacement_is_drawn_where_the_two_differ_only_by_rounding():
+    p = torch.tensor([[0.0, 0.7, 0.3], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    assert speculative.replacement(p, p, torch.tensor([0.5, 0.9])).tolist() == [1, 1]
+
+
+def test_one_position_has_the_likelihood_of_the_language_model_head():
+    model = model_64(block_size=1)
+    plan = make_plan('speculative', 1, 3)
+    assert log_likelihood(model, torch.arange(7)[:, None], plan).exp().sum().item() == pytest.approx(1)
+    with pytest.raises(ValueError, match='sampler head'):
+        log_likelihood(model, torch.zeros(1, 1, dtype=torch.int64), plan, use_sampler=False)
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--disable-sampler'], 'a model without a sampler head'), (['--corrections', 2], '--corrections; leave out'),
+    (['--end-temperature', 0.5], '--end-temperature; leave out'), (['--order', 'critic'], 'a flag about revising'),
+    (['--plan-passes', 3], '--plan-passes 3 and --iterations 15'),
+    (['--plan-passes', 20], 'wanted at most --iterations, 15')])
+def test_flags_that_do_not_go_with_it_are_named(script, trained_once, flags, said):
+    status, _, err = script('sample_simple.py', '--out-dir', trained_once[0], '--plan', 'speculative', *flags)
+    assert status == 2 and said in err and err.count('\n') == 1
+
+
+def test_it_is_shown_and_told_as_it_comes_about(script, trained_once):
+    flags = ['--out-dir', trained_once[0], '--num-samples', 2, '--iterations', 12]
+    status, out, err = script('sample_simple.py', *flags, '--animate', 1000)
+    assert status == 0 and 2 < out.count('--- pass') <= 12 and '░' in out, err
+    _, _, err = script('sample_simple.py', *flags, '--verbose')
+    assert 'samples 0-1, from token 0, pass 2: ' in err
