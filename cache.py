@@ -74,8 +74,8 @@ class CachedTrunk:
     def read_at(self, ids, starts):
         """Hidden states (B, n, C) of tokens, each sequence's from a place of its own: ids (B, n), starts (B,) int64.
 
-        Later positions that were read before count for nothing: they are written over when they are read again. The
-        length that was asked for must have room for all tokens. Beyond block_size angles are those of the last position.
+        Later positions that were read before count for nothing: they are written over when they are read again. Length
+        must have room for all tokens; beyond block_size their angles are those of the last position.
         """
         (B, n), device = ids.shape, ids.device
         rows, ahead = torch.arange(B, device=device)[:, None], torch.arange(n + self.past, device=device)

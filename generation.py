@@ -91,15 +91,15 @@ def decoder_config(args, model, path, prefix_only=True):
 
 def require_speculative(args, config):
     """InputError for flags that --plan speculative has no use for."""
-    revises = args.plan_passes is None and args.iterations > 1 and asks_to_revise(args)
+    revises = args.iterations > 1 and has_revising_flag(args)
     ignored = {
         '--disable-sampler or a model without a sampler head, which is to draft; wanted another --plan':
             not config.use_sampler,
         '--corrections; leave out --plan, or give --plan blocks': args.corrections > 0,
         '--end-temperature; leave out --plan, or give --plan blocks': args.end_temperature is not None,
         'a flag about revising, and what has been checked is not revised; leave out --plan': revises,
-        f'--plan-passes {args.plan_passes} and --iterations {args.iterations}, for it leaves none to revise; leave out the '
-        f'first': config.plan_passes < args.iterations}
+        f'--plan-passes {args.plan_passes} and --iterations {args.iterations}, for it leaves none to revise; leave out '
+        f'--plan-passes': config.plan_passes < args.iterations}
     for found, is_so in ignored.items():
         if is_so:
             raise InputError(f'--plan speculative does not go with {found}')
@@ -115,9 +115,13 @@ def described(config, windows=1):
 
 def asks_to_revise(args):
     """Was a flag given that only means something where tokens are remasked or resampled?"""
+    return has_revising_flag(args) or args.plan_passes is not None
+
+
+def has_revising_flag(args):
     return args.order is not None or args.start_ratio is not None or args.end_ratio is not None \
         or args.masking_ratios is not None or args.schedule_mode == 'threshold' or args.no_revise \
-        or args.randomness_strength > 0 or args.plan_passes is not None
+        or args.randomness_strength > 0
 
 
 def load_judge(args, corpus, device):

@@ -226,6 +226,7 @@ def test_one_position_has_the_likelihood_of_the_language_model_head():
 @pytest.mark.parametrize('flags, said', [
     (['--disable-sampler'], 'a model without a sampler head'), (['--corrections', 2], '--corrections; leave out'),
     (['--end-temperature', 0.5], '--end-temperature; leave out'), (['--order', 'critic'], 'a flag about revising'),
+    (['--order', 'random', '--plan-passes', 15], 'a flag about revising'),
     (['--plan-passes', 3], '--plan-passes 3 and --iterations 15'),
     (['--plan-passes', 20], 'wanted at most --iterations, 15')])
 def test_flags_that_do_not_go_with_it_are_named(script, trained_once, flags, said):
