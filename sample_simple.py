@@ -55,11 +55,11 @@ def parser():
         help='character of the blanks; for a template with underscores another: --blank "#" (default: _)')
     add('--seed', type=int, default=1337, metavar='N', help='of the noise; -1 draws one')
     add = parser.add_argument_group('how to decode: order').add_argument
-    add('--iterations', type=int, metavar='N', help='most forward passes over a window of one block; longer texts take '
+    add('--iterations', type=int, metavar='N', help='forward passes over one block, at most; longer texts take '
         'overlapping windows (default: 15)')
     add('--plan', metavar='NAME', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
-        '(default with a sampler: speculative; left-to-right where a flag asks to revise; wavefront where text is '
-        'given elsewhere than as a prefix)')
+        '(default: speculative; left-to-right where a flag asks to revise; wavefront without a sampler and where '
+        'text is given elsewhere than in front)')
     add('--plan-passes', type=int, metavar='N',
         help=f'iterations that the plan takes, the others revise (default: 1, or all for {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')
