@@ -170,7 +170,7 @@ def write(model, filler, x, free, start, config, u, on_draft=None):
     at, T = torch.arange(x.size(1), device=x.device), x.size(1)
     reader = model.reader(len(x), T + DRAFT[1])
     views, last = reader.read_block(x, start, T)
-    hidden, passes, steps = F.pad(views, (0, 0, start, 0)), 1, 1
+    hidden, passes, steps = F.pad(views, (0, 0, start, DRAFT[1])), 1, 1    # a draft may go beyond the end
     open_positions, replaced = free, torch.zeros_like(free)
     with small_products(views):
         writer = Writer(filler, x, free, start, views, last, u, config.temperature, config.top_p)
@@ -187,19 +187,18 @@ def write(model, filler, x, free, start, config, u, on_draft=None):
                 draft = writer.draft(n)
         step['x'], steps, open_positions = writer.text.clone(), steps + n, torch.zeros_like(free)
         if not is_last:
-            (_, inside), final = writer.ahead(n), writer.final
-            states = reader.read_at(step['x'][writer.rows, inside - 1], final - 1)    # those before the draft's tokens
+            ahead, inside = writer.ahead(n)
+            states = reader.read_at(step['x'][writer.rows, inside - 1], writer.final - 1)    # before the draft's tokens
             passes += 1
             with uncast(views):
                 replaced = writer.check(draft, lambda part: reader.lm_head(states.flatten(0, 1)[part]))
-            checked = (at >= final[:, None]) & (at < writer.final[:, None])
-            of_draft = (at - final[:, None]).clamp(0, n - 1)[..., None].expand(-1, -1, states.size(-1))
-            hidden = torch.where(checked[..., None], states.gather(1, of_draft), hidden)
+            checked = (ahead < writer.final[:, None])[..., None]
+            hidden[writer.rows, ahead] = torch.where(checked, states, hidden[writer.rows, ahead])
             open_positions = free & (at >= writer.final[:, None]) | replaced
         if on_draft:
-            on_draft(step | {'remasked': open_positions, 'hidden': hidden})
+            on_draft(step | {'remasked': open_positions, 'hidden': hidden[:, :T].clone()})
         if is_last:
-            return step['x'], hidden, passes, steps
+            return step['x'], hidden[:, :T], passes, steps
 
 
 def views_of(model, x, start, checked):

@@ -206,6 +206,9 @@ def test_the_views_are_states_where_a_token_was_checked_and_else_of_masks():
     assert torch.equal(checked.any(1), torch.ones(B).bool()) and not checked[:, -1].any()
     expected = speculative.views_of(model, decoded.x, 3, checked)
     torch.testing.assert_close(last['hidden'][:, 3:], expected[:, 3:])
+    whole = text_of(model, config_of(T), on_pass=steps.append, wanted=['hidden'])    # drafts beyond the end
+    expected_whole = speculative.views_of(model, whole.x, 0, torch.arange(T).expand(B, -1) > 0)
+    torch.testing.assert_close(steps[-1]['hidden'], expected_whole)
     masks = speculative.views_of(model, decoded.x, 3, torch.zeros_like(checked))
     assert not torch.allclose(masks[:, 3:], expected[:, 3:])
 
