@@ -11,8 +11,8 @@ A trunk offers three things:
     trunk.embeddings          (V, C) with trunk.logits(h) == h @ embeddings[:-1].T: those of its output layer, and a row
                               for [MASK], which may be anything
 
-Every plan then works but blocks, and left-to-right behind a prefix, for which the trunk would have to read text from
-left to right; fill in behind a prefix by wavefront.
+Every plan then works but speculative (which is decoding.default_config's), blocks, and left-to-right behind a prefix:
+for them the trunk would have to read text from left to right. Fill in behind a prefix by wavefront.
 """
 from types import SimpleNamespace
 
