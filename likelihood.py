@@ -68,7 +68,6 @@ def speculated(model, x0, plan):
     prefix is written and that its end is the d-th token of the draft of pass k follows from that of the prefix before.
     """
     (B, T), (lane,) = x0.shape, plan.lanes[0]
-    n = speculative.draft_length(T - lane.start, plan.speculative)
     draft = log_likelihood(model, x0, replace(plan, speculative=0))    # float64 on the CPU
     if T == 1:
         return draft
@@ -80,7 +79,7 @@ def speculated(model, x0, plan):
         trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu()
     target = speculative.mixture(trunk, draft)
     result = draft.clone()
-    checked = torch.zeros(B, plan.passes, n, dtype=torch.float64)    # given the prefix: pass k, d tokens of its draft
+    checked = torch.zeros(B, plan.passes, speculative.DRAFT, dtype=torch.float64)    # pass k, d tokens of its draft
     checked[:, 0, 0], unchecked = 1, torch.zeros(B, dtype=torch.float64)
     for t in range(lane.start + 1, T):
         checked, unchecked = leave_last(checked, unchecked)

@@ -24,13 +24,7 @@ from filling import small_products
 from noise import exact, invert, pieces, weights
 from sampler import uncast
 
-DRAFT = 16, 32    # tokens of a draft: with passes enough, and with few, none of which is to end without a rejection
-
-
-def draft_length(length, passes):
-    """Tokens in the drafts of so many passes over length tokens."""
-    enough, most = DRAFT
-    return min(most, max(enough, 2 * math.ceil(length / passes)))
+DRAFT = 16    # tokens
 
 
 def mixture(trunk, head):
@@ -168,9 +162,9 @@ def write(model, filler, x, free, start, config, u, on_draft=None):
     stands is known in the pass after it.
     """
     at, T = torch.arange(x.size(1), device=x.device), x.size(1)
-    reader = model.reader(len(x), T + DRAFT[1])
+    reader = model.reader(len(x), T + DRAFT)
     views, last = reader.read_block(x, start, T)
-    hidden, passes, steps = F.pad(views, (0, 0, start, DRAFT[1])), 1, 1    # a draft may go beyond the end
+    hidden, passes, steps = F.pad(views, (0, 0, start, DRAFT)), 1, 1    # a draft may go beyond the end
     open_positions, replaced = free, torch.zeros_like(free)
     with small_products(views):
         writer = Writer(filler, x, free, start, views, last, u, config.temperature, config.top_p)
@@ -178,7 +172,7 @@ def write(model, filler, x, free, start, config, u, on_draft=None):
     while True:
         left = T - int(writer.final.min())    # waits for the device, once in a pass
         is_last = not left or passes == config.plan_passes
-        n = left if is_last else min(left, draft_length(T - start, config.plan_passes))
+        n = left if is_last else min(left, DRAFT)
         wave = at - writer.final[:, None] + 1
         step = {'pass': passes - 1, 'wave': torch.where(open_positions & (wave <= n), wave.clamp(min=0), 0),
                 'xt': torch.where(open_positions, model.mask_id, writer.text), 'corrected': replaced}

@@ -80,7 +80,7 @@ def test_a_text_that_is_checked_is_that_of_the_mixture_one_token_after_another(n
 def test_the_length_of_drafts_changes_no_token(monkeypatch, shortest):
     model = model_64()
     plain = text_of(model, config_of(T), 3)
-    monkeypatch.setattr(speculative, 'draft_length', lambda length, passes: shortest)
+    monkeypatch.setattr(speculative, 'DRAFT', shortest)
     other = text_of(model, config_of(100), 3)
     assert torch.equal(other.x, plain.x)
     assert (other.passes > plain.passes) == (shortest < 5)
@@ -166,7 +166,7 @@ def test_its_likelihood_is_that_of_one_pass_with_one_and_of_the_mixture_with_man
 def test_its_likelihood_knows_where_drafts_end(monkeypatch, shortest, passes):
     """Short drafts end a pass without a rejection: test_likelihood.py's texts are shorter than any draft."""
     import test_likelihood
-    monkeypatch.setattr(speculative, 'draft_length', lambda length, k: shortest)
+    monkeypatch.setattr(speculative, 'DRAFT', shortest)
     test_likelihood.test_probabilities_of_all_texts_sum_to_one('speculative', passes, True)
     test_likelihood.test_samples_have_the_likelihood_that_is_claimed('speculative', passes, True, torch.float64)
 
