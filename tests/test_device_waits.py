@@ -1,6 +1,7 @@
 """What a pass of decoding asks of a device: fixed shapes, nothing that the host must wait for or that nobody wants.
 
-Where a plan is followed, no shape and no branch depends on what was drawn, so a pass could be one CUDA graph.
+Where a plan is followed, no shape and no branch depends on what was drawn, so a pass could be one CUDA graph; a
+speculative one asks once how far the text has come.
 """
 import collections
 
@@ -9,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import speculative
 from conftest import blank, tiny_model
 from critic import CriticHead
 from decoding import DecoderConfig, decode_block, default_config
@@ -113,6 +115,17 @@ def test_filling_from_left_to_right_never_waits():
         config = default_config(model, 4, plan='blocks')
         decode_block(model, *blank(model), config, range(3), range(T))
     assert found == [0] * 4
+
+
+def test_a_speculative_pass_waits_once(monkeypatch):
+    monkeypatch.setattr(speculative, 'DRAFT', 2)    # so that no text is done in four passes
+    model, waits = tiny_model(), []
+    for passes in (2, 3, 4):
+        config = DecoderConfig(plan='speculative', plan_passes=passes, mask_ratios=())
+        with Calls() as calls:
+            assert decode_block(model, *blank(model), config, range(3), range(T)).passes == passes
+        waits.append(calls.waits)
+    assert waits[1] - waits[0] == waits[2] - waits[1] == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
