@@ -41,10 +41,11 @@ def checkpoint_path(args):
     return path
 
 
-def decoder_config(args, model, path, prefix_only=True):
+def decoder_config(args, model, path, prefix_only=True, reads_text=True):
     """The DecoderConfig that the flags ask for: the defaults, changed by each flag that was given.
 
-    prefix_only: no text is given but at the front, see prompts.is_prefix.
+    prefix_only: no text is given but at the front, see prompts.is_prefix. reads_text: the trunk learned to read text
+    from left to right (block_rows), which it would check drafts by.
     """
     if args.order == 'critic' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic needs')
@@ -54,6 +55,9 @@ def decoder_config(args, model, path, prefix_only=True):
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
     if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
         given.setdefault('plan', 'blocks')    # left-to-right, as flags that revise have it, takes one pass
+    has_default = use_sampler is None and model.sampler_head is not None and prefix_only and not asks_to_revise(args)
+    if has_default and not reads_text:
+        given.setdefault('plan', 'interleaved')
     config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), seed=args.seed,
                             top_p=args.top_p, temperature=args.temperature, end_temperature=args.end_temperature,
                             revise=not args.no_revise, randomness_strength=args.randomness_strength,
@@ -243,7 +247,8 @@ def generate_text(args, processes):
     require_generator(model, path)
     x, free = given_text(args, tokenizer, model.config.block_size)
     length = x.size(1)
-    config = decoder_config(args, model, path, is_prefix(args, free))
+    reads_text = saved['config'].get('block_rows') != 0
+    config = decoder_config(args, model, path, is_prefix(args, free), reads_text)
     if args.quality_metric == 'node' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --quality-metric node needs')
     device = processes.device

@@ -243,3 +243,9 @@ def test_it_is_shown_and_told_as_it_comes_about(script, trained_once):
     assert status == 0 and 2 < out.count('--- pass') <= 12 and '░' in out, err
     _, _, err = script('sample_simple.py', *flags, '--verbose')
     assert 'samples 0-1, from token 0, pass 2: ' in err
+
+
+def test_a_trunk_that_never_read_text_checks_nothing(script, train, tmp_path):
+    train(tmp_path, '--block_rows=0', '--max_iters=4', '--add_critic_head=False')
+    _, out, _ = script('sample_simple.py', '--out-dir', tmp_path, '--num-samples', 1, '--iterations', 3)
+    assert 'plan interleaved, 3 forward passes' in out
