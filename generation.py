@@ -188,8 +188,10 @@ class Progress:
         if self.animation and self.sequences[0] == 0:
             self.animation.show(record(step, 0))
         if self.args.save:
+            at_work = (step['xt'] == self.tokenizer.mask_id).any(1).tolist()    # a finished sample waits for the others
             for i, passes in enumerate(self.history[self.first:]):
-                passes.append(record(step, i))
+                if at_work[i] or step['pass'] == 0:
+                    passes.append(record(step, i))
 
 
 @dataclass
