@@ -157,8 +157,8 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     x (B, T) ids, of which the free ones are ignored; free (B, T) bool; sequences (B,) and positions (T,) int name them
     to the noise. on_pass is called with a dict after every pass. filler: of make_filler, None makes one. wanted: some
     of WANTED, 'hidden' (the trunk's view) and 'remask_score' for on_pass, 'p_generated' in the Decoded that is
-    returned. While a plan is followed and no score is wanted, a pass does not wait for the device;
-    a speculative one waits once.
+    returned. While a plan is followed and no score is wanted, a pass does not wait for the device; a
+    speculative one waits once.
     """
     assert set(wanted) <= set(WANTED), f'wanted {wanted}, there are {WANTED}'
     filler, critic = filler or make_filler(model, config), model.critic_head
@@ -171,9 +171,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
                          device=x.device)
         if plan.speculative:
-            begin = positions[0]
-            return decode_speculatively(model, x, free, plan, config, at_sequences, at_positions,
-                                        on_pass and (lambda step: on_pass(step | {'start': begin})), filler, wanted)
+            return decode_speculatively(model, x, free, plan, config, at_sequences, positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
@@ -249,8 +247,10 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
 
 
 def decode_speculatively(model, x, free, plan, config, sequences, positions, on_pass, filler, wanted):
-    """decode_block where speculative.py writes everything: x (B, T) ids, [MASK] where free. ValueError for settings
-    that it does not know."""
+    """decode_block where speculative.py writes everything: x (B, T) ids, [MASK] where free.
+
+    ValueError for settings that it has no use for.
+    """
     if not config.use_sampler or config.mask_ratios or config.corrections or config.end_temperature is not None:
         raise ValueError(f'the speculative plan needs the sampler head and one temperature, and never revises or '
                          f'corrects; found {config}')
@@ -265,7 +265,7 @@ def decode_speculatively(model, x, free, plan, config, sequences, positions, on_
             step['remask_score'] = score
         if 'hidden' in wanted:
             step['hidden'] = hidden
-        on_pass(step)
+        on_pass(step | {'start': positions[0]})
     text, hidden, passes, steps = speculative.write(model, filler, x, free, plan.lanes[0][0].start, config, u,
                                                     on_draft if on_pass else None)
     return Decoded(text, p_generated_of(model, text, free, hidden) if 'p_generated' in wanted else None, passes, steps)

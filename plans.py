@@ -33,7 +33,7 @@ class Plan:
     wave_of: torch.Tensor    # (B, T) int64; in wave 0 the language-model head fills, in later ones the sampler head
     lanes: list = None       # [[Lane]] of each pass, where filling is from left to right
     blockwise: bool = False    # the trunk reads text from left to right and the block behind it (blocks.py)
-    speculative: int = 0    # forward passes at most, of which all but the first check what the first has written
+    speculative: int = 0    # forward passes at most, of which all but the first check a draft
 
     @property
     def passes(self):
