@@ -226,6 +226,7 @@ def parser():
     add('--quick', action='store_true', help='fewer settings: about three minutes with a small model on two cores')
     add('--decoders', default='', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
     add('--passes', default='', help=f'numbers of forward passes (default: {joined(PASSES)})')
+    add('--plans', default='', help='of --likelihood, such as interleaved,speculative (default: all)')
     add('--temperatures', default='', help=f'points of each curve (default: {joined(TEMPERATURES)})')
     add('--num-samples', type=int, help='samples of each setting (default: 32)')
     add('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/ beside this file)')
@@ -243,6 +244,9 @@ def arguments():
     if args.likelihood and ignored:
         raise InputError(f'--likelihood goes without --{ignored[0].replace("_", "-")}: it draws no samples; wanted '
                          f'--passes, or no --likelihood')
+    if args.plans and not args.likelihood:
+        raise InputError('--plans goes with --likelihood; wanted that, or --decoders in place of --plans')
+    args.plans = tuple(args.plans.split(',')) if args.plans else ()
     args.num_samples = 32 if args.num_samples is None else args.num_samples
     args.named = bool(args.decoders)
     args.decoders = names(args.decoders) or chosen['decoders']
@@ -297,8 +301,8 @@ def evaluate(args, processes):
     progress = not args.no_progress and sys.stderr.isatty() and processes.master_process
     if args.likelihood:
         passes = args.passes or likelihood_table.PASSES
-        identity = evaluation.identity(args) | {'passes': list(passes)}
-        likelihood_table.write(evaluation, passes, args.out_dir, progress, identity, args.overwrite)
+        identity = evaluation.identity(args) | {'passes': list(passes), 'plans': list(args.plans)}
+        likelihood_table.write(evaluation, passes, args.plans, args.out_dir, progress, identity, args.overwrite)
         return 0
     evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)

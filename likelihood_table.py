@@ -1,14 +1,13 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
 likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes (at most),
-passes_made by a batch of samples (speculative decoding may be done sooner), waves (sequential steps of filling),
-nats_per_token and its standard error over sequences, bits_per_character, seconds for a batch of samples at temperature
-1. What they depend on is in likelihood_identity.json.
+passes_made by a batch of samples (speculative decoding may be done sooner), waves (its sequential steps of filling),
+nats_per_token and its standard error over sequences, bits_per_character, seconds for that batch and seconds_1 for one
+sample, at temperature 1, all decoders by turns. What they depend on is in likelihood_identity.json.
 """
 import json
 import math
 import os
-import time
 from contextlib import suppress
 
 import torch
@@ -20,26 +19,32 @@ import diffusion
 import figures
 import results
 from device import autocast
+from errors import InputError
 from files import make_folder, require_file, write_atomically
 from filling import Wavefront
 from likelihood import log_likelihood
 from metrics import mean_error
-from plans import Plan, make_plan
-from timing import synchronize
+from plans import make_plan
+from timing import in_turn, medians
 
 SEQUENCES = 432    # validation sequences, as many as train.py's evaluations have
 BATCH = 32         # sequences scored, and sampled for the seconds, at a time
+ROUNDS = 3         # of the seconds, after a warm-up
 FRONTS = (4, 16)
 PASSES = (1, 2, 4, 8, 16)
 # how tables and figures say the decoders of likelihood.json
 NAMES = {'naive': 'naive', 'wavefront': 'sampler head', 'ar_baseline': 'autoregressive, same size',
          'nelbo': 'transformer alone (bound)'}
 HIGHEST = 1.4      # of the figure's bits, as a multiple of the lowest: what is above is named at the edge
-COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits per character', 'seconds')
+COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits per character',
+           'seconds, 1 sample', f'seconds, {BATCH} samples')
 
 
-def list_decoders(model, passes):
-    """(decoder, plan, passes) of every line: naive and with the head, each plan in the numbers of passes it takes."""
+def list_decoders(model, passes, plans=()):
+    """(decoder, plan, passes) of every line: naive and with the head, each plan in the numbers of passes it takes.
+
+    plans: the names of those that are wanted, () for all. InputError for one that has no line.
+    """
     T = model.config.block_size
     passes = [n for n in passes if n <= T]
     found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
@@ -49,7 +54,12 @@ def list_decoders(model, passes):
         found += [('wavefront', plan, n) for plan in ('interleaved', 'spans', 'blocks') for n in passes if n > 1]
         allowed = [n for n in passes if 1 < n < T] + [T]    # at last as many as it takes
         found += [('wavefront', 'speculative', n) for n in allowed]
-    return found
+    there = list(dict.fromkeys(plan for _, plan, _ in found))
+    for plan in plans:
+        if plan not in there:
+            raise InputError(f'--plans has {plan!r}, wanted some of {",".join(there)}, which are all that this model '
+                             f'and these --passes have')
+    return [line for line in found if not plans or line[1] in plans]
 
 
 def plan_of(model, name, passes, seed, sequences, device):
@@ -72,73 +82,78 @@ def measure(evaluation, decoders, progress):
     todo = [('nelbo', 'random', T), *decoders]
     if T < evaluation.evaluator.config.block_size + 1:
         todo.insert(1, ('ar_baseline', 'left-to-right', T))
-    own = []
+    lines = todo[processes.rank::processes.world]
     with autocast(evaluation.device, evaluation.dtype):
-        for line in tqdm(todo[processes.rank::processes.world], unit='decoder', disable=not progress):
-            own.append(measure_decoder(evaluation, rows, *line))
+        bar = tqdm(lines, unit='decoder', disable=not progress)
+        own = [measure_likelihood(evaluation, rows, *line) for line in bar]
+        measure_seconds(evaluation, rows, own, progress)
     entries = [None] * len(todo)
     for rank, part in enumerate(processes.gathered(own)):
         entries[rank::processes.world] = part
     return entries
 
 
-def measure_decoder(evaluation, rows, decoder, name, passes):
-    """The entry of a decoder on rows (SEQUENCES, T + 1).
+def measure_likelihood(evaluation, rows, decoder, name, passes):
+    """The entry of a decoder on rows (SEQUENCES, T + 1), as yet without seconds.
 
     The baseline is given one token of the text before, for it cannot begin by itself.
     """
     model, seed, x0 = evaluation.model, evaluation.seed, rows[:, 1:].contiguous()
-    waves, seconds, made = passes, None, passes
     if decoder == 'nelbo':
         bound = diffusion.validate(model, x0, BATCH, seed)
         nats, error = bound['nelbo'], bound['nelbo_error']
     elif decoder == 'ar_baseline':
         exact = autoregressive.validate(evaluation.evaluator, rows, BATCH)
         nats, error = exact['nll'], exact['nll_error']
-        seconds, _ = timed(evaluation, lambda sequences: autoregressive.generate(
-            evaluation.evaluator, rows[:len(sequences), :1], rows.size(1), sequences, seed))
     else:
-        use_sampler, nll = decoder == 'wavefront', []
+        nll = []
         for start in range(0, SEQUENCES, BATCH):
             sequences = range(start, min(start + BATCH, SEQUENCES))
             plan = plan_of(model, name, passes, seed, sequences, evaluation.device)
-            nll.append(-log_likelihood(model, x0[sequences.start:sequences.stop], plan, use_sampler).mean(1))
+            own = x0[sequences.start:sequences.stop]
+            nll.append(-log_likelihood(model, own, plan, use_sampler=decoder == 'wavefront').mean(1))
         nats, error = mean_error(torch.cat(nll).tolist())
-        if not plan.speculative:
-            waves = Plan(plan.pass_of[:1], plan.wave_of[:1]).steps(use_sampler)
-        config = decoding.DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(),
-                                        seed=seed)
-        seconds, decoded = timed(evaluation, lambda sequences: sample(evaluation, config, sequences))
-        if plan.speculative:
-            made, waves = decoded.passes, decoded.waves
     bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
-    return {'decoder': decoder, 'plan': name, 'passes': passes, 'passes_made': made, 'waves': waves,
-            'nats_per_token': nats, 'error': error, 'bits_per_character': nats * bits, 'seconds': seconds}
+    return {'decoder': decoder, 'plan': name, 'passes': passes, 'passes_made': passes, 'waves': passes,
+            'nats_per_token': nats, 'error': error, 'bits_per_character': nats * bits, 'seconds': None,
+            'seconds_1': None}
 
 
-def sample(evaluation, config, sequences):
-    x = torch.full((len(sequences), evaluation.model.config.block_size), evaluation.model.mask_id,
-                   device=evaluation.device)
-    return decoding.generate(evaluation.model, x, torch.ones_like(x, dtype=torch.bool), config, sequences)
+class Sampling:
+    """Draws n samples by the decoder of an entry: a row of timing.in_turn. rows: see measure_likelihood."""
+
+    def __init__(self, evaluation, rows, entry, n):
+        self.evaluation, self.entry, self.first, self.n = evaluation, entry, rows[:n, :1], n
+        self.config = decoding.DecoderConfig(use_sampler=entry['decoder'] == 'wavefront', plan=entry['plan'],
+                                             plan_passes=entry['passes'], mask_ratios=(), seed=evaluation.seed)
+
+    def __call__(self, clock):
+        model, evaluator, T = self.evaluation.model, self.evaluation.evaluator, self.evaluation.model.config.block_size
+        if self.entry['decoder'] == 'ar_baseline':
+            autoregressive.generate(evaluator, self.first, T + 1, range(self.n), self.evaluation.seed)
+            return
+        x = torch.full((self.n, T), model.mask_id, device=self.evaluation.device)
+        decoded = decoding.generate(model, x, torch.ones_like(x, dtype=torch.bool), self.config, range(self.n))
+        if self.n == BATCH:
+            self.entry |= {'passes_made': decoded.passes, 'waves': decoded.waves}
 
 
-def timed(evaluation, function, repeats=3):
-    """Median seconds of function(sequences) for a batch, after a warm-up, and what it returns."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(evaluation.device)
-        start = time.perf_counter()
-        result = function(range(BATCH))
-        synchronize(evaluation.device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2], result
+def measure_seconds(evaluation, rows, entries, progress):
+    """Fill in what sampling by each entry takes: medians over rounds in which the decoders take turns."""
+    keys = {'seconds_1': 1, 'seconds': BATCH}
+    samplings = {(i, key): Sampling(evaluation, rows, entry, n) for i, entry in enumerate(entries)
+                 for key, n in keys.items() if entry['decoder'] != 'nelbo'}
+    with tqdm(total=len(samplings) * (ROUNDS + 1), unit='batch', disable=not progress) as bar:
+        rounds = in_turn(samplings, ROUNDS, evaluation.device, lambda _: bar.update())
+    for i, key in samplings:
+        entries[i][key] = medians(rounds[i, key])['total']
 
 
 def table(entries):
     """Markdown, in the order of the entries."""
     lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
     for e in entries:
-        seconds = '-' if e['seconds'] is None else f'{e["seconds"]:.2f}'
+        seconds = ' | '.join('-' if e[key] is None else f'{e[key]:.2f}' for key in ('seconds_1', 'seconds'))
         passes = f'{e["passes_made"]} of {e["passes"]}' if e['passes_made'] < e['passes'] else e['passes']
         lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {passes} | {e["waves"]} | '
                      f'{e["nats_per_token"]:.3f} ±{e["error"]:.3f} | {e["bits_per_character"]:.3f} | {seconds} |')
@@ -193,12 +208,13 @@ def name_what_is_above(axis, entries, key):
                       bbox=dict(facecolor='white', edgecolor='none', pad=1), annotation_clip=False)
 
 
-def write(evaluation, passes, out_dir, progress, identity, overwrite):
+def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
     """Measure, print the table, write likelihood.json and the figure to out_dir: the first process does for all.
 
     InputError, before anything is measured, where it holds those of another identity and may not overwrite them.
     """
     path, processes = os.path.join(out_dir, 'likelihood'), evaluation.processes
+    decoders = list_decoders(evaluation.model, passes, plans)
 
     def prepare():
         make_folder(out_dir)
@@ -206,7 +222,7 @@ def write(evaluation, passes, out_dir, progress, identity, overwrite):
             require_file(f'{path}.json', 'results that evaluate.py wrote, or nothing')
             results.require_identity(f'{path}_identity.json', identity)
     processes.of_first(prepare)
-    entries = measure(evaluation, list_decoders(evaluation.model, passes), progress)
+    entries = measure(evaluation, decoders, progress)
     if not processes.master_process:
         return
     with suppress(FileNotFoundError):    # never beside the identity of another
@@ -216,4 +232,4 @@ def write(evaluation, passes, out_dir, progress, identity, overwrite):
     plot(entries, evaluation.corpus.meta['name'], path)
     print(table(entries))
     print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '
-          f'{evaluation.device}; seconds for {BATCH} samples at temperature 1. Written to {path}.json and {path}.png')
+          f'{evaluation.device}; seconds at temperature 1, by turns. Written to {path}.json and {path}.png')

@@ -58,7 +58,7 @@ def test_shared_plans_equal_those_of_one_process(script, flags, tmp_path):
     out = start_two('evaluate.py', *flags, '--out-dir', tmp_path / 'two')
     one, two = (read(tmp_path / name / 'likelihood.json') for name in ('one', 'two'))
     assert without_seconds(one) == without_seconds(two) and [e['decoder'] for e in two[:2]] == ['nelbo', 'ar_baseline']
-    columns = [[line.split('|')[:-2] for line in text.splitlines() if line.startswith('|')] for text in (printed, out)]
+    columns = [[line.split('|')[:-3] for line in text.splitlines() if line.startswith('|')] for text in (printed, out)]
     assert columns[0] == columns[1] and len(columns[0]) == 2 + len(one)
     assert set(contents_of(tmp_path / 'one')) == set(contents_of(tmp_path / 'two'))
 

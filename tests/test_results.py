@@ -36,12 +36,14 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     found, of = (json.loads((tmp_path / f'likelihood{name}.json').read_text()) for name in ('', '_identity'))
     assert found[0]['decoder'] == 'nelbo' and of['identity']['passes'] == [1, 2]
     assert set(found[-1]) == {'decoder', 'plan', 'passes', 'passes_made', 'waves', 'nats_per_token', 'error',
-                              'bits_per_character',
-                              'seconds'}
+                              'bits_per_character', 'seconds', 'seconds_1'}
+    assert all(entry[key] > 0 for entry in found[1:] for key in ('seconds', 'seconds_1'))
+    assert [entry['passes_made'] for entry in found if entry['decoder'] == 'naive'][:2] == [1, 2]
     assert (tmp_path / 'likelihood.png').exists() and (tmp_path / 'likelihood.svg').exists()
     assert evaluated(*flags, samples=False)[0] == 0, 'the same again'
     before = (tmp_path / 'likelihood.json').read_bytes()
-    for change, named in ((['--seed', 7], 'seed 1337, now 7'), (['--passes', 1], 'passes [1, 2], now [1]')):
+    for change, named in ((['--seed', 7], 'seed 1337, now 7'), (['--passes', 1], 'passes [1, 2], now [1]'),
+                          (['--plans', 'random'], "plans [], now ['random']")):
         status, _, err = evaluated(*flags, *change, samples=False)
         assert status == 2 and named in err and (tmp_path / 'likelihood.json').read_bytes() == before
     assert evaluated(*flags, '--seed', 7, '--overwrite', samples=False)[0] == 0
@@ -49,6 +51,21 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     (tmp_path / 'likelihood_identity.json').unlink()
     status, _, err = evaluated(*flags, '--seed', 7, samples=False)
     assert status == 2 and 'is not known' in err
+
+
+def test_a_table_of_the_plans_that_are_asked_for(evaluated, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood_table, 'SEQUENCES', 2)
+    monkeypatch.setattr(likelihood_table, 'BATCH', 2)
+    flags = ['--likelihood', '--passes', '2', '--plans']
+    assert evaluated(*flags, 'interleaved,speculative', samples=False)[0] == 0
+    found = json.loads((tmp_path / 'likelihood.json').read_text())
+    assert [(entry['decoder'], entry['plan']) for entry in found[2:]] == [
+        ('naive', 'interleaved'), ('wavefront', 'interleaved'), ('wavefront', 'speculative'),
+        ('wavefront', 'speculative')]
+    status, _, err = evaluated(*flags, 'zigzag', samples=False)
+    assert status == 2 and "--plans has 'zigzag', wanted some of random,interleaved" in err
+    status, _, err = evaluated('--plans', 'random')
+    assert status == 2 and '--plans goes with --likelihood' in err
 
 
 @pytest.mark.parametrize('flags', [['--judge', 'x'], ['--decoders', 'wavefront'], ['--temperatures', '1'],
