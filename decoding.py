@@ -20,7 +20,7 @@ from critic import remask_score
 from filling import Naive, Wavefront
 from noise import (ACCEPTED, CORRECTIONS, KEPT, ORDER, REPLACED, TOKENS, exact, gumbel, margin, numbers, probability,
                    uniform)
-from plans import make_plan
+from plans import beside_given, fills_from_left, make_plan
 
 # -----------------------------------------------------------------------------
 # settings
@@ -168,12 +168,15 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     x, unknown, waves, hidden, state = torch.where(free, model.mask_id, x), free, 0, 0, None
     plan = None    # the wavefront's own order is that of every fill
     if config.plan != 'wavefront' and free.any():
-        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=given_prefix(free),
+        start = given_prefix(free) if fills_from_left(config.plan) else 0
+        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=start,
                          device=x.device)
         if plan.speculative:
             return decode_speculatively(model, x, free, plan, config, at_sequences, positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
+        elif not free.all():
+            plan = beside_given(plan, free)
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
     score = exact(torch.zeros_like(x))
     stale, busy = torch.zeros_like(free), range(len(x))    # positions to rescore; sequences with masks

@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --quick
     python evaluate.py --judge out-char-diffusion/judge_model.pt --out-dir out-evaluation
+    python evaluate.py --gaps --checkpoint out-char-diffusion/ckpt.pt
     torchrun --standalone --nproc_per_node=4 evaluate.py --likelihood
 
 Every decoder writes the same number of samples with several numbers of forward passes, schedules, strengths of noise
@@ -28,6 +29,7 @@ from tqdm import tqdm
 import autoregressive
 import decoding
 import diffusion
+import gap_table
 import likelihood_table
 import report
 import results
@@ -60,7 +62,9 @@ class Evaluation:
         self.dtype = processes.of_first(lambda: pick_dtype(args.dtype, self.device))
         self.seed, self.n = args.seed, args.num_samples
         self.load_models(args)
-        self.length = min(self.model.config.block_size, self.evaluator.config.block_size + 1)
+        self.length = self.model.config.block_size
+        if self.evaluator is not None:
+            self.length = min(self.length, self.evaluator.config.block_size + 1)
         self.corpus.check(max(self.length, self.model.config.block_size))
 
     def open(self, args):
@@ -83,12 +87,14 @@ class Evaluation:
         for head in untrained_heads(saved):
             print(f'note: the {head} head had not begun to learn when {args.checkpoint} was saved; what it decodes is '
                   f'no measure of it')
-        self.evaluator, _, other = load_model(args.evaluator, 'char_ar')
-        config = self.evaluator.config
-        if (config.attention_type, config.model_mode) != ('causal', 'language_model'):
-            raise InputError(f'the evaluator {args.evaluator!r} is not causal; '
-                             f'python train.py config/train_char_ar.py trains one')
-        require_same_vocabulary(other['corpus'], args.evaluator, saved['corpus'])
+        self.evaluator = None
+        if not args.gaps:
+            self.evaluator, _, other = load_model(args.evaluator, 'char_ar')
+            config = self.evaluator.config
+            if (config.attention_type, config.model_mode) != ('causal', 'language_model'):
+                raise InputError(f'the evaluator {args.evaluator!r} is not causal; '
+                                 f'python train.py config/train_char_ar.py trains one')
+            require_same_vocabulary(other['corpus'], args.evaluator, saved['corpus'])
         self.judge = None
         if args.judge:
             model, _, other = load_model(args.judge, 'judge')
@@ -97,7 +103,8 @@ class Evaluation:
         self.corpus = Corpus(saved['corpus']['name'], args.data_dir)
         require_same_vocabulary(saved['corpus'], args.checkpoint, self.corpus.meta)
         weights = torch.float64 if self.dtype == 'float64' else torch.float32
-        self.model, self.evaluator = (model.to(self.device, weights) for model in (self.model, self.evaluator))
+        for model in filter(None, (self.model, self.evaluator)):
+            model.to(self.device, weights)
 
     def identity(self, args):
         """What results depend on: those of another identity do not compare."""
@@ -105,7 +112,8 @@ class Evaluation:
         if self.device.startswith('cuda'):
             hardware = torch.cuda.get_device_name(self.device)
         digest = results.digest
-        return {'checkpoint': digest(args.checkpoint), 'evaluator': digest(args.evaluator),
+        return {'checkpoint': digest(args.checkpoint),
+                'evaluator': digest(args.evaluator) if self.evaluator is not None else 'none',
                 'judge': digest(args.judge) if args.judge else 'none', 'corpus': self.corpus.meta['sha256'],
                 'code': results.code_version(), 'seed': self.seed, 'num_samples': self.n, 'length': self.length,
                 'device': self.device.split(':')[0], 'dtype': self.dtype, 'hardware': hardware,
@@ -222,6 +230,7 @@ def parser():
     add('--judge', default='', help='a judge, for one more column')
     add('--out-dir', default='out-evaluation', help='where evaluation.json and the figures go (default: %(default)s)')
     add('--likelihood', action='store_true', help='the exact likelihood of decoders that follow a plan, not samples')
+    add('--gaps', action='store_true', help='what the model makes of gaps in real text; needs no evaluator')
     add('--overwrite', action='store_true', help='replace results of other models, seeds or code in --out-dir')
     add('--quick', action='store_true', help='fewer settings: about three minutes with a small model on two cores')
     add('--decoders', default='', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
@@ -240,10 +249,12 @@ def parser():
 def arguments():
     args = parser().parse_args()
     chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
-    ignored = [flag for flag in ('judge', 'decoders', 'temperatures', 'num_samples') if getattr(args, flag)]
-    if args.likelihood and ignored:
-        raise InputError(f'--likelihood goes without --{ignored[0].replace("_", "-")}: it draws no samples; wanted '
-                         f'--passes, or no --likelihood')
+    tables = [f'--{name}' for name in ('likelihood', 'gaps') if getattr(args, name)]
+    ignored = [name for name in ('judge', 'decoders', 'temperatures', 'num_samples') if getattr(args, name)]
+    ignored += [name for name in ('passes', 'likelihood') if args.gaps and getattr(args, name)]
+    if tables and ignored:
+        raise InputError(f'{tables[-1]} goes without --{ignored[0].replace("_", "-")}, which it has no use for; leave '
+                         f'out one of them')
     if args.plans and not args.likelihood:
         raise InputError('--plans goes with --likelihood; wanted that, or --decoders in place of --plans')
     args.plans = tuple(args.plans.split(',')) if args.plans else ()
@@ -303,6 +314,10 @@ def evaluate(args, processes):
         passes = args.passes or likelihood_table.PASSES
         identity = evaluation.identity(args) | {'passes': list(passes), 'plans': list(args.plans)}
         likelihood_table.write(evaluation, passes, args.plans, args.out_dir, progress, identity, args.overwrite)
+        return 0
+    if args.gaps:
+        if processes.master_process:
+            gap_table.write(evaluation, args.out_dir, progress, evaluation.identity(args), args.overwrite)
         return 0
     evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)

@@ -22,7 +22,7 @@ from distributed import share_of
 from errors import InputError
 from files import write_atomically
 from judge import Judge
-from plans import check_plan
+from plans import check_plan, fills_from_left
 from progress import passes_text
 from prompts import given_text, is_prefix
 
@@ -65,9 +65,9 @@ def decoder_config(args, model, path, prefix_only=True, reads_text=True):
                             correction_ratio=args.correction_ratio, threshold=args.threshold or 0.0, **given)
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
-    if config.plan != 'wavefront' and args.seed_text and args.seed_placement == 'random':
+    if fills_from_left(config.plan) and args.seed_text and args.seed_placement == 'random':
         raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
-                         f'random, which --plan wavefront takes')
+                         f'random, which --plan wavefront or interleaved takes')
     if config.plan == 'speculative':
         require_speculative(args, config)
     revisions = args.iterations - config.plan_passes

@@ -60,6 +60,11 @@ def is_fronts(name):
     return start == 'fronts' and n.isdigit() and int(n) > 0
 
 
+def fills_from_left(name):
+    """Is this a plan that begins behind the given text? Then that ends at the same position in every sequence."""
+    return name in ('left-to-right', 'blocks', 'speculative') or is_fronts(name)
+
+
 def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start=0, device='cpu'):
     """The plan of a name: length T, passes K <= T; seed and sequences (B,) choose random ones; Plan of (B, T).
 
@@ -73,7 +78,7 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start
     if name == 'speculative':
         plan = make_plan('left-to-right', length, 1, sequences=sequences, start=start, device=device)
         return replace(plan, blockwise=True, speculative=passes)
-    if name == 'left-to-right' or is_fronts(name) or name == 'blocks':
+    if fills_from_left(name):
         plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
         return Plan(plan.pass_of.expand(B, -1).to(device), plan.wave_of.expand(B, -1).to(device), plan.lanes,
                     plan.blockwise)
@@ -86,11 +91,14 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start
         u = uniform(seed, POSITIONS, sequences, 1, range(n))
         rank = u.argsort(1).argsort(1)
         pass_of = (rank * passes // n)[:, at * n // length]
-    if wave_of is None:
-        wave_of = torch.zeros_like(pass_of)
-        for k in range(passes):
-            wave_of = torch.where(pass_of == k, run_waves(pass_of, k), wave_of)
+    wave_of = waves_of(pass_of) if wave_of is None else wave_of
     return Plan(pass_of.to(device), wave_of.to(device))
+
+
+def beside_given(plan, free):
+    """The same passes where text is given but where free (B, T) bool: its waves begin beside that. Pass -1: given."""
+    pass_of = torch.where(free, plan.pass_of, -1)
+    return Plan(pass_of, waves_of(pass_of.cpu()).to(free.device))
 
 
 def from_left(length, n, blockwise, start=0):
@@ -107,6 +115,14 @@ def from_left(length, n, blockwise, start=0):
         lanes = [[Lane(begin, end, 0)] for begin, end in bounds]
         return Plan(segment[None], offset, lanes, blockwise=n > 1 or start > 0)
     return Plan(torch.zeros_like(offset), offset, [[Lane(begin, end, begin) for begin, end in bounds]])
+
+
+def waves_of(pass_of):
+    """The wave of each position within its pass: pass_of (B, T) -> (B, T) int64. See run_waves."""
+    waves = torch.zeros_like(pass_of)
+    for k in range(int(pass_of.max()) + 1):
+        waves = torch.where(pass_of == k, run_waves(pass_of, k), waves)
+    return waves
 
 
 def run_waves(pass_of, k):

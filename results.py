@@ -14,8 +14,8 @@ from files import require_file
 
 # what decides results besides the files that are named; report.py only presents them
 SOURCES = ('autoregressive', 'batches', 'blocks', 'cache', 'corpus', 'critic', 'decoding', 'device', 'diffusion',
-           'evaluate', 'filling', 'judge', 'layers', 'likelihood', 'likelihood_table', 'metrics', 'model', 'ngram',
-           'noise', 'plans', 'recipes', 'sampler', 'speculative', 'timing')
+           'evaluate', 'filling', 'gap_table', 'judge', 'layers', 'likelihood', 'likelihood_table', 'metrics', 'model',
+           'ngram', 'noise', 'plans', 'recipes', 'sampler', 'speculative', 'timing')
 MEASURES = ('nll', 'nll_ngram', 'distinct4', 'entropy')    # that no report can do without
 SETTING = {'decoder': str, 'passes': int, 'schedule': str, 'noise': float, 'temperature': float, 'curve': str,
            'seconds_1': float, 'seconds_batch': float, 'measures': dict}
