@@ -153,48 +153,62 @@ class Wavefront:
             if state is None:
                 read = [F.pad(xt[:, lane.read_from:lane.start], (0, 1)) for lane in lanes]
                 state = torch.stack([self.head.states(text, self.wte)[:, -1] for text in read], 1).flatten(0, 1)
-            # 1. what all steps need that no draw decides, (steps, B * n, ...) each
+            # 1. what the steps need that no draw decides, (steps, B * n, ...) each
             steps = max(lane.end - lane.start for lane in lanes)
             beyond = torch.stack([torch.arange(lane.start, lane.start + steps, device=device) for lane in lanes], 1)
             position = torch.stack([at.clamp(max=lane.end - 1) for at, lane in zip(beyond.unbind(1), lanes)], 1)
             at = (torch.arange(B, device=device)[:, None] * T + position[:, None]).flatten(1)
             inside = (beyond == position).repeat(1, B)    # a shorter lane waits at its end for the others
             given, fills, u, view = (z.flatten(0, 1)[at] for z in (xt, mask, u, hidden))
-            view, fills = self.view(view), fills & inside
-            # 2. what enters the head at each position: what is known, and the bias of the state's product
+            # 2. the features of all positions from first to last lane, by what is known before
             begin, end = lanes[0].start, lanes[-1].end
             around = F.pad(xt, (reach, 0), value=self.mask_id)[:, begin:end + reach - 1].unfold(1, reach, 1)
             known = self.head.project(hidden[:, begin:end].transpose(0, 1), last).flatten(0, 1)
             known = self.features(known, around.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, B))
-            H, S = known.size(-1), self.head.reader.hidden_size
-            entering = torch.cat((known, self.head.reader.bias_hh_l0.expand(end - begin, B, -1)), -1)
-            entering = F.pad(entering, (0, 0, 0, 0, 0, reach + 1))
-            right_of = entering[1:, :, :H].unfold(0, reach, 1).transpose(2, 3).unbind()    # (B, reach, H) each
-            entering, tokens = entering.unbind(), []
-            # 3. the steps, each of which adds its token to what enters on its right
-            nothing, nothing_read = torch.full_like(given[0], self.mask_id), lanes[0].read_from == lanes[0].start
-            planned = zip(*map(torch.unbind, (view, u, fills, given)))
-            with torch.inference_mode():    # a fifth of the time; what leaves it is made outside
-                for t, (view, u, fills, given) in enumerate(planned):
-                    now = [lane.start - begin + t for lane in lanes]
-                    enters = entering[now[0]] if n == 1 else torch.stack([entering[i] for i in now], 1).flatten(0, 1)
-                    features, gates = torch.addmm(enters, state, self.state_weight).split_with_sizes((H, 3 * S), 1)
-                    if t:
-                        drawn = self.draw(view, u, temperature, top_p, features)
-                    else:    # the language-model head's
-                        drawn = self.draw(view, u, 1.0 if temperature and nothing_read else temperature, top_p)
-                    tokens.append(torch.where(fills, drawn, given))
-                    state = self.head.read(self.gates_of(tokens[-1]), gates, state)
-                    # a given token is known already: [MASK] adds nothing
-                    said = self.said_ahead(torch.where(fills, drawn, nothing)).view(B, n, reach, H)
-                    for i, part in zip(now, said.unbind(1)):
-                        right_of[i].add_(part)
-            x, tokens, state = xt.clone(), torch.stack(tokens).unflatten(1, (B, n)), state.clone()
+            # 3. the steps; with nothing read the first tokens are drawn at temperature 1
+            first = 1.0 if temperature and lanes[0].read_from == lanes[0].start else temperature
+            tokens, _, states = self.write_on(known, [lane.start - begin for lane in lanes], self.view(view), given,
+                                              fills & inside, u, temperature, top_p, state, first)
+            x, tokens, state = xt.clone(), torch.stack(tokens).unflatten(1, (B, n)), states[-1].clone()
             for i, lane in enumerate(lanes):
                 x[:, lane.start:lane.end] = tokens[:lane.end - lane.start, :, i].T
             at = torch.arange(T, device=device)
             wave = mask * sum((at - lane.start) * ((at >= lane.start) & (at < lane.end)) for lane in lanes)
         return x, wave, steps, state
+
+    def write_on(self, known, starts, view, given, fills, u, temperature, top_p, state, first=None):
+        """The steps of filling from left to right: in each, one position of every sequence and lane.
+
+        known (P, B, H): features of P adjacent positions by what is known beforehand; starts: n ints, where among them
+        the lanes begin. For each step view, given ids, fills bool (is it to be filled?) and u, (steps, B * n, ...);
+        state (B * n, S) before. first: the temperature at which the language-model head draws the first token; None:
+        that is the sampler head's too. Returns lists over steps: tokens (B * n,), features (B * n, H) and, with the one
+        before all, recurrent states (B * n, S).
+        """
+        (P, B, H), n, reach, S = known.shape, len(starts), self.reach, self.head.reader.hidden_size
+        entering = torch.cat((known, self.head.reader.bias_hh_l0.expand(P, B, -1)), -1)
+        entering = F.pad(entering, (0, 0, 0, 0, 0, reach + 1))
+        right_of = entering[1:, :, :H].unfold(0, reach, 1).transpose(2, 3).unbind()    # (B, reach, H) each
+        entering, tokens, found, states = entering.unbind(), [], [], [state]
+        nothing, steps = torch.full_like(given[0], self.mask_id), zip(*map(torch.unbind, (view, given, fills, u)))
+        with torch.inference_mode():    # a fifth of the time; what leaves it is made outside
+            for t, (view, given, fills, u) in enumerate(steps):
+                now = [start + t for start in starts]
+                enters = entering[now[0]] if n == 1 else torch.stack([entering[i] for i in now], 1).flatten(0, 1)
+                features, gates = torch.addmm(enters, state, self.state_weight).split_with_sizes((H, 3 * S), 1)
+                if t or first is None:
+                    drawn = self.draw(view, u, temperature, top_p, features)
+                else:
+                    drawn = self.draw(view, u, first, top_p)
+                tokens.append(torch.where(fills, drawn, given))
+                state = self.head.read(self.gates_of(tokens[-1]), gates, state)
+                found.append(features)
+                states.append(state)
+                # what is drawn adds to what enters on its right; what is given is known there: [MASK] adds nothing
+                said = self.said_ahead(torch.where(fills, drawn, nothing)).view(B, n, reach, H)
+                for i, part in zip(now, said.unbind(1)):
+                    right_of[i].add_(part)
+        return tokens, found, states
 
     def features(self, projected, around):
         """Input of the head: projected (N, H), around (N, n) ids at the first n offsets -> (N, H)."""

@@ -92,19 +92,17 @@ class Writer:
 
     def draft(self, n):
         """The head writes the next n tokens of every sequence, fewer where the text ends. Returns a Draft."""
-        filler, reach, bias, (at, inside) = self.filler, self.reach, self.filler.head.reader.bias_hh_l0, self.ahead(n)
-        view, projected, u = (z[self.rows, inside].unbind(1) for z in (self.view, self.projected, self.u[0]))
+        filler, reach, (at, inside) = self.filler, self.reach, self.ahead(n)
         window = self.padded[self.rows, self.final[:, None] + torch.arange(reach + n, device=at.device)]
-        fills, state, features, states = self.free[self.rows, at].unbind(1), self.state, [], [self.state]
-        with torch.inference_mode():    # as in filling.Wavefront.fill_from_left
-            for t in range(n):
-                read, gates = (state @ filler.state_weight).split_with_sizes((projected[t].size(1), 3 * self.S), 1)
-                features.append(filler.features(projected[t], window[:, t:t + reach]) + read)
-                drawn = filler.draw(view[t], u[t], self.temperature, self.top_p, features[-1])
-                window[:, t + reach] = torch.where(fills[t], drawn, window[:, t + reach])
-                state = filler.head.read(filler.gates_of(window[:, t + reach]), gates + bias, state)
-                states.append(state)
-        self.padded[self.rows, at + reach] = window[:, reach:]
+        fills = self.free[self.rows, at]
+        window[:, reach:].masked_fill_(fills, filler.mask_id)    # where an earlier draft stands
+        known = filler.features(self.projected[self.rows, inside].transpose(0, 1).flatten(0, 1),
+                                window[:, :-1].unfold(1, reach, 1).transpose(0, 1).flatten(0, 1))
+        view, given, fills, u = (z.transpose(0, 1) for z in (
+            self.view[self.rows, inside], window[:, reach:], fills, self.u[0][self.rows, inside]))
+        tokens, features, states = filler.write_on(known.unflatten(0, (n, -1)), [0], view, given, fills, u,
+                                                   self.temperature, self.top_p, self.state)
+        self.padded[self.rows, at + reach] = torch.stack(tokens, 1)
         return Draft(torch.stack(features, 1), torch.stack(states, 1))
 
     def check(self, draft, trunk_logits):
