@@ -176,14 +176,14 @@ class Wavefront:
             wave = mask * sum((at - lane.start) * ((at >= lane.start) & (at < lane.end)) for lane in lanes)
         return x, wave, steps, state
 
-    def write_on(self, known, starts, view, given, fills, u, temperature, top_p, state, first=None):
+    def write_on(self, known, starts, view, given, fills, u, temperature, top_p, state, first=None, keep=False):
         """The steps of filling from left to right: in each, one position of every sequence and lane.
 
         known (P, B, H): features of P adjacent positions by what is known beforehand; starts: n ints, where among them
         the lanes begin. For each step view, given ids, fills bool (is it to be filled?) and u, (steps, B * n, ...);
         state (B * n, S) before. first: the temperature at which the language-model head draws the first token; None:
-        that is the sampler head's too. Returns lists over steps: tokens (B * n,), features (B * n, H) and, with the one
-        before all, recurrent states (B * n, S).
+        that is the sampler head's too. Returns lists over steps: tokens (B * n,), features (B * n, H) and, from the one
+        before all on, recurrent states (B * n, S); unless keep, no features and the last state alone.
         """
         (P, B, H), n, reach, S = known.shape, len(starts), self.reach, self.head.reader.hidden_size
         entering = torch.cat((known, self.head.reader.bias_hh_l0.expand(P, B, -1)), -1)
@@ -202,8 +202,7 @@ class Wavefront:
                     drawn = self.draw(view, u, first, top_p)
                 tokens.append(torch.where(fills, drawn, given))
                 state = self.head.read(self.gates_of(tokens[-1]), gates, state)
-                found.append(features)
-                states.append(state)
+                found, states = (found + [features], states + [state]) if keep else ([], [state])
                 # what is drawn adds to what enters on its right; what is given is known there: [MASK] adds nothing
                 said = self.said_ahead(torch.where(fills, drawn, nothing)).view(B, n, reach, H)
                 for i, part in zip(now, said.unbind(1)):

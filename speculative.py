@@ -90,8 +90,8 @@ class Writer:
         drawn = self.filler.draw(self.view[self.row, at], self.u[0, self.row, at], temperature, self.top_p)
         self.state, self.final = self.after(self.state, self.put(at, drawn)), at + 1
 
-    def draft(self, n):
-        """The head writes the next n tokens of every sequence, fewer where the text ends. Returns a Draft."""
+    def draft(self, n, to_check):
+        """The head writes the next n tokens of every sequence, fewer where the text ends. Returns a Draft to_check."""
         filler, reach, (at, inside) = self.filler, self.reach, self.ahead(n)
         window = self.padded[self.rows, self.final[:, None] + torch.arange(reach + n, device=at.device)]
         fills = self.free[self.rows, at]
@@ -101,9 +101,9 @@ class Writer:
         view, given, fills, u = (z.transpose(0, 1) for z in (
             self.view[self.rows, inside], window[:, reach:], fills, self.u[0][self.rows, inside]))
         tokens, features, states = filler.write_on(known.unflatten(0, (n, -1)), [0], view, given, fills, u,
-                                                   self.temperature, self.top_p, self.state)
+                                                   self.temperature, self.top_p, self.state, keep=to_check)
         self.padded[self.rows, at + reach] = torch.stack(tokens, 1)
-        return Draft(torch.stack(features, 1), torch.stack(states, 1))
+        return Draft(torch.stack(features, 1), torch.stack(states, 1)) if to_check else None
 
     def check(self, draft, trunk_logits):
         """Keep each draft up to the first token that is rejected, and replace that one.
@@ -176,7 +176,7 @@ def write(model, filler, x, free, start, config, u, on_draft=None):
                 'xt': torch.where(open_positions, model.mask_id, writer.text), 'corrected': replaced}
         if left:
             with small_products(views):
-                draft = writer.draft(n)
+                draft = writer.draft(n, not is_last)
         step['x'], steps, open_positions = writer.text.clone(), steps + n, torch.zeros_like(free)
         if not is_last:
             ahead, inside = writer.ahead(n)
