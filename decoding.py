@@ -20,7 +20,7 @@ from critic import remask_score
 from filling import Naive, Wavefront
 from noise import (ACCEPTED, CORRECTIONS, KEPT, ORDER, REPLACED, TOKENS, exact, gumbel, margin, numbers, probability,
                    uniform)
-from plans import beside_given, fills_from_left, make_plan
+from plans import make_plan
 
 # -----------------------------------------------------------------------------
 # settings
@@ -166,21 +166,26 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
     corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
     at_sequences, at_positions = (numbers(values, x.device) for values in (sequences, positions))    # copied once
     x, unknown, waves, hidden, state = torch.where(free, model.mask_id, x), free, 0, 0, None
-    plan = None    # the wavefront's own order is that of every fill
+    plan, idle = None, set()    # the wavefront's own order is that of every fill; passes in which nothing is filled
     if config.plan != 'wavefront' and free.any():
-        start = given_prefix(free) if fills_from_left(config.plan) else 0
-        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences, start=start,
-                         device=x.device)
+        given = not free.all()
+        plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences,
+                         free=free if given else None, device=x.device)
         if plan.speculative:
             return decode_speculatively(model, x, free, plan, config, at_sequences, positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
-        elif not free.all():
-            plan = beside_given(plan, free)
+        elif given:
+            idle = set(range(config.plan_passes)) - set(plan.pass_of[free].unique().tolist())
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
     score = exact(torch.zeros_like(x))
     stale, busy = torch.zeros_like(free), range(len(x))    # positions to rescore; sequences with masks
+    passes = 0
     for i in range(config.passes):
+        remasks = config.plan_passes <= i + 1 < config.passes
+        if i in idle and not remasks:
+            continue
+        passes += 1
         # 1. one forward pass; each position keeps the trunk's view from when it was last masked
         xt, last = torch.where(unknown, model.mask_id, x), None
         planned = plan is not None and i < config.plan_passes
@@ -196,7 +201,6 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             hidden = hidden.index_copy(0, busy, torch.where(unknown[busy, :, None], model(xt[busy]), hidden[busy]))
         mask = unknown & (plan.pass_of == i) if planned else unknown
         later = unknown & ~mask    # what the plan leaves to later passes
-        remasks = config.plan_passes <= i + 1 < config.passes
 
         wave_of, steps, corrected = torch.zeros_like(x), 0, torch.zeros_like(free)
         for j in range(1 + corrections):
@@ -238,7 +242,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
                 remasked = remasked & mask.any(1, keepdim=True)
         if on_pass:
             also = {'hidden': lambda: hidden.clone(), 'remask_score': lambda: torch.where(free, score, 0)}
-            on_pass({'pass': i, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave_of, 'remasked': remasked,
+            on_pass({'pass': passes - 1, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave_of, 'remasked': remasked,
                      'corrected': corrected}
                     | {name: value() for name, value in also.items() if name in wanted})
         unknown = remasked
@@ -246,7 +250,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             busy = unknown.any(1).nonzero()[:, 0]
             if not len(busy):
                 break
-    return Decoded(x, p_generated_of(model, x, free, hidden) if 'p_generated' in wanted else None, i + 1, waves)
+    return Decoded(x, p_generated_of(model, x, free, hidden) if 'p_generated' in wanted else None, passes, waves)
 
 
 def decode_speculatively(model, x, free, plan, config, sequences, positions, on_pass, filler, wanted):
@@ -289,17 +293,6 @@ def p_generated_of(model, x, free, hidden):
     at, p = free.nonzero(as_tuple=True), exact(torch.zeros_like(x))
     p[at] = torch.sigmoid(exact(model.critic_head(hidden, x, at, model.wte.weight)))
     return p
-
-
-def given_prefix(free):
-    """How many leading positions are given: free (B, T) bool. ValueError unless that is one number for all sequences.
-
-    What a sequence becomes must not depend on the others, and filling from left to right begins behind the prefix.
-    """
-    lengths = free.float().argmax(1)[free.any(1)].unique().tolist()
-    if len(lengths) != 1:
-        raise ValueError(f'prefixes of {lengths} given tokens in one batch, wanted one length; decode them apart')
-    return lengths[0]
 
 
 def blocks(length, block_size):

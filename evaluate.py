@@ -1,15 +1,17 @@
-"""Measures what the samples of each decoder are worth: evaluation.json, and a report with a table and two figures.
+"""Measures what each decoder is worth: by its samples, by its exact likelihood, and in gaps of real text.
 
     python evaluate.py --checkpoint out-char-diffusion/ckpt.pt --evaluator out-char-ar/ckpt.pt --quick
     python evaluate.py --judge out-char-diffusion/judge_model.pt --out-dir out-evaluation
     python evaluate.py --gaps --checkpoint out-char-diffusion/ckpt.pt
     torchrun --standalone --nproc_per_node=4 evaluate.py --likelihood
 
-Every decoder writes the same number of samples with several numbers of forward passes, schedules, strengths of noise
-and temperatures. Two evaluators that share no weights score them: a causal model and a Kneser-Ney n-gram model. The
-causal model writes samples too, as the baseline. report.py compares decoders at real text's diversity. What is measured
-is kept in evaluation.json: an interrupted run goes on where it was, and later runs add to it. Several processes share
-the settings; each is measured by one of them, and the first alone prints and writes.
+By samples: every decoder writes the same number of them with several numbers of forward passes, schedules, strengths of
+noise and temperatures. Two evaluators that share no weights score them: a causal model and a Kneser-Ney n-gram model.
+The causal model writes samples too, as the baseline. report.py compares decoders at real text's diversity. What is
+measured is kept in evaluation.json: an interrupted run goes on where it was, and later runs add to it. Several
+processes share the settings; each is measured by one of them, and the first alone prints and writes.
+
+By likelihood: likelihood_table.py, whose lines several processes share. In gaps: gap_table.py, in the first one alone.
 """
 import environment    # before torch
 
@@ -251,13 +253,12 @@ def arguments():
     chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
     tables = [f'--{name}' for name in ('likelihood', 'gaps') if getattr(args, name)]
     ignored = [name for name in ('judge', 'decoders', 'temperatures', 'num_samples') if getattr(args, name)]
-    ignored += [name for name in ('passes', 'likelihood') if args.gaps and getattr(args, name)]
+    ignored += [name for name in ('likelihood', 'passes', 'plans', 'quick') if args.gaps and getattr(args, name)]
     if tables and ignored:
-        raise InputError(f'{tables[-1]} goes without --{ignored[0].replace("_", "-")}, which it has no use for; leave '
-                         f'out one of them')
+        raise InputError(f'{tables[-1]} goes without --{ignored[0].replace("_", "-")}; wanted one of the two')
     if args.plans and not args.likelihood:
         raise InputError('--plans goes with --likelihood; wanted that, or --decoders in place of --plans')
-    args.plans = tuple(args.plans.split(',')) if args.plans else ()
+    args.plans = tuple(sorted({plan.strip() for plan in args.plans.split(',')} - {''}))
     args.num_samples = 32 if args.num_samples is None else args.num_samples
     args.named = bool(args.decoders)
     args.decoders = names(args.decoders) or chosen['decoders']

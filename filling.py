@@ -167,29 +167,31 @@ class Wavefront:
             known = self.features(known, around.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, B))
             # 3. the steps; with nothing read the first tokens are drawn at temperature 1
             first = 1.0 if temperature and lanes[0].read_from == lanes[0].start else temperature
-            tokens, _, states = self.write_on(known, [lane.start - begin for lane in lanes], self.view(view), given,
-                                              fills & inside, u, temperature, top_p, state, first)
-            x, tokens, state = xt.clone(), torch.stack(tokens).unflatten(1, (B, n)), states[-1].clone()
+            starts = [lane.start - begin for lane in lanes]
+            tokens, state = self.write_from_left(known, starts, self.view(view), given, fills & inside, u, temperature,
+                                                 top_p, state, first)
+            x, tokens, state = xt.clone(), torch.stack(tokens).unflatten(1, (B, n)), state.clone()
             for i, lane in enumerate(lanes):
                 x[:, lane.start:lane.end] = tokens[:lane.end - lane.start, :, i].T
             at = torch.arange(T, device=device)
             wave = mask * sum((at - lane.start) * ((at >= lane.start) & (at < lane.end)) for lane in lanes)
         return x, wave, steps, state
 
-    def write_on(self, known, starts, view, given, fills, u, temperature, top_p, state, first=None, keep=False):
+    def write_from_left(self, known, starts, view, given, fills, u, temperature, top_p, state, first=None,
+                        on_step=None):
         """The steps of filling from left to right: in each, one position of every sequence and lane.
 
         known (P, B, H): features of P adjacent positions by what is known beforehand; starts: n ints, where among them
         the lanes begin. For each step view, given ids, fills bool (is it to be filled?) and u, (steps, B * n, ...);
-        state (B * n, S) before. first: the temperature at which the language-model head draws the first token; None:
-        that is the sampler head's too. Returns lists over steps: tokens (B * n,), features (B * n, H) and, from the one
-        before all on, recurrent states (B * n, S); unless keep, no features and the last state alone.
+        state (B * n, S) before. first: the temperature of the first token, which the language-model head then draws;
+        None: the sampler head draws it like the others. on_step is called with the features (B * n, H) of each step and
+        the state before it. Returns a list of tokens (B * n,) over the steps, and the state behind them.
         """
         (P, B, H), n, reach, S = known.shape, len(starts), self.reach, self.head.reader.hidden_size
         entering = torch.cat((known, self.head.reader.bias_hh_l0.expand(P, B, -1)), -1)
         entering = F.pad(entering, (0, 0, 0, 0, 0, reach + 1))
         right_of = entering[1:, :, :H].unfold(0, reach, 1).transpose(2, 3).unbind()    # (B, reach, H) each
-        entering, tokens, found, states = entering.unbind(), [], [], [state]
+        entering, tokens = entering.unbind(), []
         nothing, steps = torch.full_like(given[0], self.mask_id), zip(*map(torch.unbind, (view, given, fills, u)))
         with torch.inference_mode():    # a fifth of the time; what leaves it is made outside
             for t, (view, given, fills, u) in enumerate(steps):
@@ -201,13 +203,14 @@ class Wavefront:
                 else:
                     drawn = self.draw(view, u, first, top_p)
                 tokens.append(torch.where(fills, drawn, given))
+                if on_step:
+                    on_step(features, state)
                 state = self.head.read(self.gates_of(tokens[-1]), gates, state)
-                found, states = (found + [features], states + [state]) if keep else ([], [state])
                 # what is drawn adds to what enters on its right; what is given is known there: [MASK] adds nothing
                 said = self.said_ahead(torch.where(fills, drawn, nothing)).view(B, n, reach, H)
                 for i, part in zip(now, said.unbind(1)):
                     right_of[i].add_(part)
-        return tokens, found, states
+        return tokens, state
 
     def features(self, projected, around):
         """Input of the head: projected (N, H), around (N, n) ids at the first n offsets -> (N, H)."""

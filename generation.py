@@ -67,7 +67,7 @@ def decoder_config(args, model, path, prefix_only=True, reads_text=True):
     check_plan(config.plan, config.plan_passes)
     if fills_from_left(config.plan) and args.seed_text and args.seed_placement == 'random':
         raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
-                         f'random, which --plan wavefront or interleaved takes')
+                         f'random; wanted --plan wavefront, interleaved, spans or random')
     if config.plan == 'speculative':
         require_speculative(args, config)
     revisions = args.iterations - config.plan_passes

@@ -86,6 +86,7 @@ def measure(evaluation, decoders, progress):
     with autocast(evaluation.device, evaluation.dtype):
         bar = tqdm(lines, unit='decoder', disable=not progress)
         own = [measure_likelihood(evaluation, rows, *line) for line in bar]
+        processes.barrier()    # nobody is timed while another still works on likelihoods
         measure_seconds(evaluation, rows, own, progress)
     entries = [None] * len(todo)
     for rank, part in enumerate(processes.gathered(own)):
@@ -120,33 +121,37 @@ def measure_likelihood(evaluation, rows, decoder, name, passes):
 
 
 class Sampling:
-    """Draws n samples by the decoder of an entry: a row of timing.in_turn. rows: see measure_likelihood."""
+    """Draws n samples by the decoder of an entry, and keeps the Decoded: a row of timing.in_turn.
 
-    def __init__(self, evaluation, rows, entry, n):
-        self.evaluation, self.entry, self.first, self.n = evaluation, entry, rows[:n, :1], n
+    first (n, 1): the tokens that the autoregressive baseline begins with.
+    """
+
+    def __init__(self, evaluation, first, entry):
+        self.evaluation, self.first, self.decoded = evaluation, first, None
+        self.is_baseline = entry['decoder'] == 'ar_baseline'
         self.config = decoding.DecoderConfig(use_sampler=entry['decoder'] == 'wavefront', plan=entry['plan'],
                                              plan_passes=entry['passes'], mask_ratios=(), seed=evaluation.seed)
 
     def __call__(self, clock):
-        model, evaluator, T = self.evaluation.model, self.evaluation.evaluator, self.evaluation.model.config.block_size
-        if self.entry['decoder'] == 'ar_baseline':
-            autoregressive.generate(evaluator, self.first, T + 1, range(self.n), self.evaluation.seed)
-            return
-        x = torch.full((self.n, T), model.mask_id, device=self.evaluation.device)
-        decoded = decoding.generate(model, x, torch.ones_like(x, dtype=torch.bool), self.config, range(self.n))
-        if self.n == BATCH:
-            self.entry |= {'passes_made': decoded.passes, 'waves': decoded.waves}
+        model, n = self.evaluation.model, len(self.first)
+        T, seed = model.config.block_size, self.evaluation.seed
+        if self.is_baseline:
+            autoregressive.generate(self.evaluation.evaluator, self.first, T + 1, range(n), seed)
+        else:
+            x = torch.full((n, T), model.mask_id, device=self.first.device)
+            self.decoded = decoding.generate(model, x, torch.ones_like(x, dtype=torch.bool), self.config, range(n))
 
 
 def measure_seconds(evaluation, rows, entries, progress):
-    """Fill in what sampling by each entry takes: medians over rounds in which the decoders take turns."""
-    keys = {'seconds_1': 1, 'seconds': BATCH}
-    samplings = {(i, key): Sampling(evaluation, rows, entry, n) for i, entry in enumerate(entries)
-                 for key, n in keys.items() if entry['decoder'] != 'nelbo'}
+    """What sampling by each entry takes: medians over rounds in which the decoders take turns; passes and steps."""
+    samplings = {(i, key): Sampling(evaluation, rows[:n, :1], entry) for i, entry in enumerate(entries)
+                 for key, n in (('seconds_1', 1), ('seconds', BATCH)) if entry['decoder'] != 'nelbo'}
     with tqdm(total=len(samplings) * (ROUNDS + 1), unit='batch', disable=not progress) as bar:
         rounds = in_turn(samplings, ROUNDS, evaluation.device, lambda _: bar.update())
-    for i, key in samplings:
+    for (i, key), sampling in samplings.items():
         entries[i][key] = medians(rounds[i, key])['total']
+        if key == 'seconds' and sampling.decoded:
+            entries[i] |= {'passes_made': sampling.decoded.passes, 'waves': sampling.decoded.waves}
 
 
 def table(entries):
@@ -225,11 +230,12 @@ def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
     entries = measure(evaluation, decoders, progress)
     if not processes.master_process:
         return
+    print(table(entries))
+    print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '
+          f'{evaluation.device}; seconds at temperature 1, by turns')
     with suppress(FileNotFoundError):    # never beside the identity of another
         os.remove(f'{path}.json')
     write_atomically(f'{path}_identity.json', json.dumps({'identity': identity}, indent=1).encode())
     write_atomically(f'{path}.json', json.dumps(entries, indent=1).encode())
     plot(entries, evaluation.corpus.meta['name'], path)
-    print(table(entries))
-    print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '
-          f'{evaluation.device}; seconds at temperature 1, by turns. Written to {path}.json and {path}.png')
+    print(f'saved {path}.json, {path}.png and {path}.svg')

@@ -29,7 +29,7 @@ class Lane:
 
 @dataclass
 class Plan:
-    pass_of: torch.Tensor    # (B, T) int64 from 0
+    pass_of: torch.Tensor    # (B, T) int64 from 0; -1: given
     wave_of: torch.Tensor    # (B, T) int64; in wave 0 the language-model head fills, in later ones the sampler head
     lanes: list = None       # [[Lane]] of each pass, where filling is from left to right
     blockwise: bool = False    # the trunk reads text from left to right and the block behind it (blocks.py)
@@ -38,12 +38,6 @@ class Plan:
     @property
     def passes(self):
         return self.speculative or int(self.pass_of.max()) + 1
-
-    def steps(self, use_sampler=True):
-        """Sequential steps of filling: waves of any sequence, summed over passes; naive filling takes one each."""
-        if not use_sampler:
-            return self.passes
-        return len((self.pass_of * (self.wave_of.max() + 1) + self.wave_of).unique())
 
 
 def check_plan(name, passes):
@@ -61,22 +55,24 @@ def is_fronts(name):
 
 
 def fills_from_left(name):
-    """Is this a plan that begins behind the given text? Then that ends at the same position in every sequence."""
+    """Does this plan go from left to right, from the end of a given prefix on?"""
     return name in ('left-to-right', 'blocks', 'speculative') or is_fronts(name)
 
 
-def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start=0, device='cpu'):
+def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, free=None, device='cpu'):
     """The plan of a name: length T, passes K <= T; seed and sequences (B,) choose random ones; Plan of (B, T).
 
     first (B, T) bool: the positions that a wavefront begins with, which depend on the model (sampler.first_positions).
-    start: how many positions are given as a prefix, before which filling from left to right does not begin.
+    free (B, T) bool: all but given text, beside which waves begin too; None: all is free. Filling from left to right
+    begins behind a given prefix: ValueError unless that is equally long in every sequence.
     """
     check_plan(name, passes)
+    start = given_prefix(free) if free is not None and fills_from_left(name) else 0
     B, at = len(sequences), torch.arange(length)
     passes = min(passes, length)
     pass_of, wave_of = torch.zeros(B, length, dtype=torch.int64), None
     if name == 'speculative':
-        plan = make_plan('left-to-right', length, 1, sequences=sequences, start=start, device=device)
+        plan = make_plan('left-to-right', length, 1, sequences=sequences, free=free, device=device)
         return replace(plan, blockwise=True, speculative=passes)
     if fills_from_left(name):
         plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
@@ -85,20 +81,31 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, start
     if name == 'wavefront':
         wave_of = wave_numbers(torch.ones_like(first), first).cpu().expand(B, -1)
     elif name == 'interleaved':
-        pass_of = van_der_corput(passes)[at % passes].expand(B, -1)
+        order = at.expand(B, -1) if free is None else (free.cpu().cumsum(1) - 1).clamp(min=0)
+        pass_of = van_der_corput(passes)[order % passes]
     else:
         n = length if name == 'random' else passes    # units that are put in random order
         u = uniform(seed, POSITIONS, sequences, 1, range(n))
         rank = u.argsort(1).argsort(1)
         pass_of = (rank * passes // n)[:, at * n // length]
-    wave_of = waves_of(pass_of) if wave_of is None else wave_of
+    if free is not None:
+        pass_of = torch.where(free.cpu(), pass_of, -1)
+    if wave_of is None:
+        wave_of = torch.zeros_like(pass_of)
+        for k in range(passes):
+            wave_of = torch.where(pass_of == k, run_waves(pass_of, k), wave_of)
     return Plan(pass_of.to(device), wave_of.to(device))
 
 
-def beside_given(plan, free):
-    """The same passes where text is given but where free (B, T) bool: its waves begin beside that. Pass -1: given."""
-    pass_of = torch.where(free, plan.pass_of, -1)
-    return Plan(pass_of, waves_of(pass_of.cpu()).to(free.device))
+def given_prefix(free):
+    """How many leading positions are given: free (B, T) bool. ValueError unless that is one number for all sequences.
+
+    What a sequence becomes must not depend on the others, and filling from left to right begins behind the prefix.
+    """
+    lengths = free.float().argmax(1)[free.any(1)].unique().tolist()
+    if len(lengths) != 1:
+        raise ValueError(f'prefixes of {lengths} given tokens in one batch, wanted one length; decode them apart')
+    return lengths[0]
 
 
 def from_left(length, n, blockwise, start=0):
@@ -115,14 +122,6 @@ def from_left(length, n, blockwise, start=0):
         lanes = [[Lane(begin, end, 0)] for begin, end in bounds]
         return Plan(segment[None], offset, lanes, blockwise=n > 1 or start > 0)
     return Plan(torch.zeros_like(offset), offset, [[Lane(begin, end, begin) for begin, end in bounds]])
-
-
-def waves_of(pass_of):
-    """The wave of each position within its pass: pass_of (B, T) -> (B, T) int64. See run_waves."""
-    waves = torch.zeros_like(pass_of)
-    for k in range(int(pass_of.max()) + 1):
-        waves = torch.where(pass_of == k, run_waves(pass_of, k), waves)
-    return waves
 
 
 def run_waves(pass_of, k):

@@ -90,8 +90,11 @@ class Writer:
         drawn = self.filler.draw(self.view[self.row, at], self.u[0, self.row, at], temperature, self.top_p)
         self.state, self.final = self.after(self.state, self.put(at, drawn)), at + 1
 
-    def draft(self, n, to_check):
-        """The head writes the next n tokens of every sequence, fewer where the text ends. Returns a Draft to_check."""
+    def draft(self, n, is_checked):
+        """The head writes the next n tokens of every sequence, fewer where the text ends.
+
+        Returns the Draft if it is to be checked, else None.
+        """
         filler, reach, (at, inside) = self.filler, self.reach, self.ahead(n)
         window = self.padded[self.rows, self.final[:, None] + torch.arange(reach + n, device=at.device)]
         fills = self.free[self.rows, at]
@@ -100,10 +103,15 @@ class Writer:
                                 window[:, :-1].unfold(1, reach, 1).transpose(0, 1).flatten(0, 1))
         view, given, fills, u = (z.transpose(0, 1) for z in (
             self.view[self.rows, inside], window[:, reach:], fills, self.u[0][self.rows, inside]))
-        tokens, features, states = filler.write_on(known.unflatten(0, (n, -1)), [0], view, given, fills, u,
-                                                   self.temperature, self.top_p, self.state, keep=to_check)
+        kept, keep = [], lambda features, state: kept.append((features, state))
+        tokens, state = filler.write_from_left(known.unflatten(0, (n, -1)), [0], view, given, fills, u,
+                                               self.temperature, self.top_p, self.state,
+                                               on_step=keep if is_checked else None)
         self.padded[self.rows, at + reach] = torch.stack(tokens, 1)
-        return Draft(torch.stack(features, 1), torch.stack(states, 1)) if to_check else None
+        if not is_checked:
+            return None
+        features, states = (torch.stack(z, 1) for z in zip(*kept))
+        return Draft(features, torch.cat((states, state[:, None]), 1))
 
     def check(self, draft, trunk_logits):
         """Keep each draft up to the first token that is rejected, and replace that one.
