@@ -57,12 +57,14 @@ class DecoderConfig:
         return (1 - done) * self.temperature + done * self.end_temperature    # exactly the end at the end
 
 
-def default_config(model, iterations=15, use_sampler=None, prefix_only=True, revising=False, **changes):
+def default_config(model, iterations=15, use_sampler=None, prefix_only=True, revising=False, reads_text=True,
+                   **changes):
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
     use_sampler None: wherever the model has a sampler head. With it the text is written from left to right by the head
     and checked by the trunk as far as the iterations go (speculative.py), or, with corrections or a temperature that
-    changes, in blocks; then it is not revised: at real text's diversity nothing tried that revises is as likely.
+    changes, in blocks, or in interleaved order by a trunk that did not learn to read text from left to right
+    (reads_text False); then it is not revised: at real text's diversity nothing tried that revises is as likely.
     revising: the first pass writes everything, the others remask and refill. Text that is given elsewhere than as a
     prefix (prefix_only False) is filled in as wavefronts and revised. The critic orders what the head filled, for it
     learned from that; without the head confidence does.
@@ -75,7 +77,7 @@ def default_config(model, iterations=15, use_sampler=None, prefix_only=True, rev
         config.plan = 'left-to-right'
         if not revising:
             changing = changes.get('corrections') or changes.get('end_temperature') is not None
-            config.plan = 'blocks' if changing else 'speculative'
+            config.plan = 'interleaved' if not reads_text else 'blocks' if changing else 'speculative'
             config.plan_passes, config.mask_ratios = iterations, ()
     return replace(config, **changes)
 

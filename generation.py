@@ -55,14 +55,12 @@ def decoder_config(args, model, path, prefix_only=True, reads_text=True):
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
     if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
         given.setdefault('plan', 'blocks')    # left-to-right, as flags that revise have it, takes one pass
-    has_default = use_sampler is None and model.sampler_head is not None and prefix_only and not asks_to_revise(args)
-    if has_default and not reads_text:
-        given.setdefault('plan', 'interleaved')
-    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), seed=args.seed,
-                            top_p=args.top_p, temperature=args.temperature, end_temperature=args.end_temperature,
-                            revise=not args.no_revise, randomness_strength=args.randomness_strength,
-                            remask_kept=args.remask_kept, corrections=args.corrections,
-                            correction_ratio=args.correction_ratio, threshold=args.threshold or 0.0, **given)
+    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), reads_text,
+                            seed=args.seed, top_p=args.top_p, temperature=args.temperature,
+                            end_temperature=args.end_temperature, revise=not args.no_revise,
+                            randomness_strength=args.randomness_strength, remask_kept=args.remask_kept,
+                            corrections=args.corrections, correction_ratio=args.correction_ratio,
+                            threshold=args.threshold or 0.0, **given)
     config.plan_passes = args.plan_passes or (args.iterations if config.plan in ANY_PASSES else 1)
     check_plan(config.plan, config.plan_passes)
     if fills_from_left(config.plan) and args.seed_text and args.seed_placement == 'random':
