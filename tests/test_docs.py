@@ -144,8 +144,9 @@ def run_here(folder, script, args):
         more = ['--iterations', 2, '--num-samples', 2, '--no-progress']
         more += ['--sequence-length', 64] if '--sequence-length' in args else []
     elif script == 'evaluate.py':
-        more = ['--passes', 2, '--data-dir', folder / 'data', '--overwrite']
-        more += [] if '--likelihood' in args else ['--num-samples', 2, '--temperatures', 1]
+        more = ['--data-dir', folder / 'data', '--overwrite']
+        more += [] if '--gaps' in args else ['--passes', 3]    # the fewest that every decoder takes
+        more += [] if {'--gaps', '--likelihood'} & set(args) else ['--num-samples', 2, '--temperatures', 1]
     elif script == 'bench.py':
         if '--nanogpt' in args:    # which is not here
             args = args[:args.index('--nanogpt')] + args[args.index('--nanogpt') + 2:]
