@@ -24,10 +24,15 @@ def nll(trunk, model, x, seen=None):
 
 
 @torch.no_grad()
+def mean_nll(model, x0, batch_size):
+    """NLL of each of the sequences x0 (N, T), nats per token: [float]."""
+    parts = [nll(model, model, part).mean(1) for part in bar(x0.split(batch_size), 'evaluation')]
+    return torch.cat(parts).double().tolist()
+
+
 def validate(model, x0, batch_size):
     """Mean NLL of sequences (N, T), nats per token: {'nll', 'nll_error' (standard error over sequences)}."""
-    values = torch.cat([nll(model, model, part).mean(1) for part in bar(x0.split(batch_size), 'evaluation')]).double()
-    return dict(zip(('nll', 'nll_error'), mean_error(values.tolist())))
+    return dict(zip(('nll', 'nll_error'), mean_error(mean_nll(model, x0, batch_size))))
 
 
 @torch.no_grad()

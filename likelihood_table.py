@@ -2,8 +2,9 @@
 
 likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes (at most),
 passes_made by a batch of samples (speculative decoding may be done sooner), waves (its sequential steps of filling),
-nats_per_token and its standard error over sequences, bits_per_character, seconds for that batch and seconds_1 for one
-sample, at temperature 1, all decoders by turns. What they depend on is in likelihood_identity.json.
+nats_per_token and its standard error over sequences, less_baseline and less_baseline_error the mean difference from the
+autoregressive baseline on the same sequences, bits_per_character, seconds for that batch and seconds_1 for one sample,
+at temperature 1, all decoders by turns. What they depend on is in likelihood_identity.json.
 """
 import json
 import math
@@ -36,8 +37,8 @@ PASSES = (1, 2, 4, 8, 16)
 NAMES = {'naive': 'naive', 'wavefront': 'sampler head', 'ar_baseline': 'autoregressive, same size',
          'nelbo': 'transformer alone (bound)'}
 HIGHEST = 1.4      # of the figure's bits, as a multiple of the lowest: what is above is named at the edge
-COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'bits per character',
-           'seconds, 1 sample', f'seconds, {BATCH} samples')
+COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'less autoregression',
+           'bits per character', 'seconds, 1 sample', f'seconds, {BATCH} samples')
 
 
 def list_decoders(model, passes, plans=()):
@@ -91,21 +92,31 @@ def measure(evaluation, decoders, progress):
     entries = [None] * len(todo)
     for rank, part in enumerate(processes.gathered(own)):
         entries[rank::processes.world] = part
+    return compared(entries)
+
+
+def compared(entries):
+    """The entries with their mean difference from the baseline, in place of the nats of each sequence."""
+    values = {e['decoder']: e['values'] for e in entries}.get('ar_baseline')
+    for e in entries:
+        own = e.pop('values')
+        pairs = [a - b for a, b in zip(own, values)] if own and values and e['decoder'] != 'ar_baseline' else []
+        e['less_baseline'], e['less_baseline_error'] = mean_error(pairs) if pairs else (None, None)
     return entries
 
 
 def measure_likelihood(evaluation, rows, decoder, name, passes):
-    """The entry of a decoder on rows (SEQUENCES, T + 1), as yet without seconds.
+    """The entry of a decoder on rows (SEQUENCES, T + 1), as yet without seconds; values: nats per token of each.
 
-    The baseline is given one token of the text before, for it cannot begin by itself.
+    The baseline is given one token of the text before, for it cannot begin by itself. The bound has no values: each
+    sequence has a number of masks of its own.
     """
-    model, seed, x0 = evaluation.model, evaluation.seed, rows[:, 1:].contiguous()
+    model, seed, x0, values = evaluation.model, evaluation.seed, rows[:, 1:].contiguous(), None
     if decoder == 'nelbo':
         bound = diffusion.validate(model, x0, BATCH, seed)
         nats, error = bound['nelbo'], bound['nelbo_error']
     elif decoder == 'ar_baseline':
-        exact = autoregressive.validate(evaluation.evaluator, rows, BATCH)
-        nats, error = exact['nll'], exact['nll_error']
+        values = autoregressive.mean_nll(evaluation.evaluator, rows, BATCH)
     else:
         nll = []
         for start in range(0, SEQUENCES, BATCH):
@@ -113,11 +124,13 @@ def measure_likelihood(evaluation, rows, decoder, name, passes):
             plan = plan_of(model, name, passes, seed, sequences, evaluation.device)
             own = x0[sequences.start:sequences.stop]
             nll.append(-log_likelihood(model, own, plan, use_sampler=decoder == 'wavefront').mean(1))
-        nats, error = mean_error(torch.cat(nll).tolist())
+        values = torch.cat(nll).tolist()
+    if values:
+        nats, error = mean_error(values)
     bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
     return {'decoder': decoder, 'plan': name, 'passes': passes, 'passes_made': passes, 'waves': passes,
-            'nats_per_token': nats, 'error': error, 'bits_per_character': nats * bits, 'seconds': None,
-            'seconds_1': None}
+            'nats_per_token': nats, 'error': error, 'values': values, 'bits_per_character': nats * bits,
+            'seconds': None, 'seconds_1': None}
 
 
 class Sampling:
@@ -159,9 +172,11 @@ def table(entries):
     lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
     for e in entries:
         seconds = ' | '.join('-' if e[key] is None else f'{e[key]:.2f}' for key in ('seconds_1', 'seconds'))
+        less = '-' if e['less_baseline'] is None else f'{e["less_baseline"]:+.3f} ±{e["less_baseline_error"]:.3f}'
         passes = f'{e["passes_made"]} of {e["passes"]}' if e['passes_made'] < e['passes'] else e['passes']
-        lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {passes} | {e["waves"]} | '
-                     f'{e["nats_per_token"]:.3f} ±{e["error"]:.3f} | {e["bits_per_character"]:.3f} | {seconds} |')
+        nats = f'{e["nats_per_token"]:.3f} ±{e["error"]:.3f} | {less}'
+        lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {passes} | {e["waves"]} | {nats} | '
+                     f'{e["bits_per_character"]:.3f} | {seconds} |')
     return '\n'.join(lines)
 
 

@@ -5,13 +5,13 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import pytest
 
-from likelihood_table import HIGHEST, name_what_is_above, plot, table
+from likelihood_table import HIGHEST, compared, name_what_is_above, plot, table
 
 
 def entry(decoder, plan, passes, bits, seconds=1.0):
     return {'decoder': decoder, 'plan': plan, 'passes': passes, 'passes_made': passes, 'waves': passes,
-            'nats_per_token': bits * 0.6931, 'error': 0.01, 'bits_per_character': bits, 'seconds': seconds,
-            'seconds_1': seconds}
+            'nats_per_token': bits * 0.6931, 'error': 0.01, 'less_baseline': None, 'less_baseline_error': None,
+            'bits_per_character': bits, 'seconds': seconds, 'seconds_1': seconds}
 
 
 ENTRIES = [entry('nelbo', 'random', 256, 2.3, None), entry('ar_baseline', 'left-to-right', 256, 2.0),
@@ -36,6 +36,18 @@ def test_the_table_says_decoders_in_plain_words():
     lines = table(ENTRIES).splitlines()[2:]
     assert [line.split(' | ')[0].strip('| ') for line in lines] == [
         'transformer alone (bound)', 'autoregressive, same size', 'naive', 'naive', 'naive', 'sampler head']
+
+
+def test_differences_are_paired():
+    """Sequences differ more than decoders do: their spread is in either mean, not in the difference."""
+    entries = [entry(decoder, 'x', 1, 2.0) | {'values': values} for decoder, values in (
+        ('nelbo', None), ('ar_baseline', [1.0, 3.0, 5.0]), ('naive', [1.5, 3.5, 5.5]), ('wavefront', [0.5, 3.0, 4.0]))]
+    found = [(e['less_baseline'], e['less_baseline_error']) for e in compared(entries)]
+    assert found[:3] == [(None, None), (None, None), (0.5, 0.0)]
+    assert found[3] == pytest.approx((-0.5, 0.5 / 3 ** 0.5)) and not any('values' in e for e in entries)
+    assert table(entries).splitlines()[-1].split(' | ')[5] == '-0.500 ±0.289'
+    entries = compared([entry('wavefront', 'x', 1, 2.0) | {'values': [1.0, 2.0]}])    # no baseline is so long
+    assert entries[0]['less_baseline'] is None
 
 
 def test_the_figure_is_written_with_the_same_words(tmp_path):
