@@ -49,6 +49,7 @@ from recipes import BASELINE, PASSES, QUICK, RECIPES, TEMPERATURES, joined, list
 from settings import SEEDS, Range, check_range
 from timing import synchronize
 
+EVALUATOR = 'out-char-ar/ckpt.pt'
 BATCH = 32    # samples decoded at a time
 EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
 
@@ -227,8 +228,7 @@ def parser():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     add = parser.add_argument
     add('--checkpoint', default='out-char-diffusion/ckpt.pt', help='the masked-diffusion model (default: %(default)s)')
-    add('--evaluator', default='out-char-ar/ckpt.pt',
-        help='the causal model that scores samples and is the baseline (default: %(default)s)')
+    add('--evaluator', help=f'the causal model that scores samples and is the baseline (default: {EVALUATOR})')
     add('--judge', default='', help='a judge, for one more column')
     add('--out-dir', default='out-evaluation', help='where evaluation.json and the figures go (default: %(default)s)')
     add('--likelihood', action='store_true', help='the exact likelihood of decoders that follow a plan, not samples')
@@ -253,11 +253,13 @@ def arguments():
     chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
     tables = [f'--{name}' for name in ('likelihood', 'gaps') if getattr(args, name)]
     ignored = [name for name in ('judge', 'decoders', 'temperatures', 'num_samples') if getattr(args, name)]
-    ignored += [name for name in ('likelihood', 'passes', 'plans', 'quick') if args.gaps and getattr(args, name)]
+    not_of_gaps = ('evaluator', 'likelihood', 'passes', 'plans', 'quick')
+    ignored += [name for name in not_of_gaps if args.gaps and getattr(args, name)]
     if tables and ignored:
         raise InputError(f'{tables[-1]} goes without --{ignored[0].replace("_", "-")}; wanted one of the two')
     if args.plans and not args.likelihood:
         raise InputError('--plans goes with --likelihood; wanted that, or --decoders in place of --plans')
+    args.evaluator = args.evaluator or EVALUATOR
     args.plans = tuple(sorted({plan.strip() for plan in args.plans.split(',')} - {''}))
     args.num_samples = 32 if args.num_samples is None else args.num_samples
     args.named = bool(args.decoders)

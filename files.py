@@ -1,4 +1,5 @@
 """Files that a kill, a full disk or a second run cannot spoil: whole or not there, in a folder locked by its run."""
+import errno
 import os
 import re
 from contextlib import contextmanager, nullcontext, suppress
@@ -63,6 +64,8 @@ def make_folder(path, what=''):
     """Make a folder for results, of which what says the setting. InputError where that cannot be."""
     try:
         os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, 'it is read-only')
     except OSError as error:
         raise InputError(f'cannot write {what}{path!r}: {error.strerror}; wanted a folder that can be '
                          f'written') from error

@@ -152,9 +152,9 @@ def models(train, trained_once, tmp_path_factory):
 def evaluated(script, models, toy_data, tmp_path):
     """evaluated('--seed', 1, checkpoint='ar') runs evaluate.py on tiny models -> (exit status, stdout, stderr)."""
     def call(*args, checkpoint='generator', evaluator='ar', samples=True):
+        scored_by = ['--evaluator', models / evaluator / 'ckpt.pt'] if evaluator else []
         return script('evaluate.py', '--checkpoint', models / checkpoint / 'ckpt.pt', '--data-dir', toy_data,
-                      '--evaluator', models / evaluator / 'ckpt.pt', *['--num-samples', 4] * samples, '--dtype',
-                      'float32', '--out-dir', tmp_path, *args)
+                      *scored_by, *['--num-samples', 4] * samples, '--dtype', 'float32', '--out-dir', tmp_path, *args)
     return call
 
 

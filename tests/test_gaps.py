@@ -97,7 +97,7 @@ def test_gaps_lie_in_the_middle_half():
 def test_the_table_of_gaps(evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr(gap_table, 'SEQUENCES', 4)
     monkeypatch.setattr(gap_table, 'BATCH', 3)
-    status, out, err = evaluated('--gaps', evaluator='none', samples=False)    # which it does not need
+    status, out, err = evaluated('--gaps', evaluator='', samples=False)
     assert status == 0, err
     entries = json.loads((tmp_path / 'gaps.json').read_text())['entries']
     gaps = {e['gap'] for e in entries}
@@ -113,13 +113,14 @@ def test_the_table_of_gaps(evaluated, tmp_path, monkeypatch):
     less = np.subtract(*by_hand[::-1])
     assert f'| head less naive | 1 | {less.mean():.3f} ±{less.std(ddof=1) / len(less) ** 0.5:.3f} |' in out
     before = (tmp_path / 'gaps.json').read_bytes()
-    assert evaluated('--gaps', evaluator='none', samples=False)[0] == 0
-    status, _, err = evaluated('--gaps', '--seed', 7, samples=False)
+    assert evaluated('--gaps', evaluator='', samples=False)[0] == 0
+    status, _, err = evaluated('--gaps', '--seed', 7, evaluator='', samples=False)
     assert status == 2 and 'another identity (seed 1337, now 7)' in err
     assert (tmp_path / 'gaps.json').read_bytes() == before
     for flags, named in ((['--likelihood'], '--likelihood'), (['--passes', '2'], '--passes'), (['--quick'], '--quick'),
-                         (['--plans', 'random'], '--plans'), (['--judge', 'x'], '--judge')):
-        status, _, err = evaluated('--gaps', *flags, samples=False)
+                         (['--plans', 'random'], '--plans'), (['--judge', 'x'], '--judge'),
+                         (['--evaluator', 'x'], '--evaluator')):
+        status, _, err = evaluated('--gaps', *flags, evaluator='', samples=False)
         assert status == 2 and f'--gaps goes without {named}' in err
 
 

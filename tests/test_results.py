@@ -27,6 +27,13 @@ def test_a_pipe_in_place_of_results_is_not_waited_for(evaluated, models, tmp_pat
     assert status == 2 and f'{name}\': it is no file' in err and err.count('\n') == 1
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != str(tmp_path))    # root may write anywhere
+    for flags in ([], ['--likelihood'], ['--gaps']):
+        status, out, err = evaluated(*flags, samples=not flags, evaluator='' if '--gaps' in flags else 'ar')
+        assert status == 2 and 'it is read-only; wanted a folder' in err and not out and not os.listdir(tmp_path)
+
+
 def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_path, monkeypatch):
     """They went without a word."""
     monkeypatch.setattr(likelihood_table, 'SEQUENCES', 2)
@@ -36,7 +43,10 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     found, of = (json.loads((tmp_path / f'likelihood{name}.json').read_text()) for name in ('', '_identity'))
     assert found[0]['decoder'] == 'nelbo' and of['identity']['passes'] == [1, 2]
     assert set(found[-1]) == {'decoder', 'plan', 'passes', 'passes_made', 'waves', 'nats_per_token', 'error',
-                              'bits_per_character', 'seconds', 'seconds_1'}
+                              'less_baseline', 'less_baseline_error', 'bits_per_character', 'seconds', 'seconds_1'}
+    assert [entry['less_baseline'] for entry in found[:2]] == [None, None], 'the bound and the baseline'
+    for entry in found[2:]:
+        assert entry['less_baseline'] == pytest.approx(entry['nats_per_token'] - found[1]['nats_per_token'])
     assert all(entry[key] > 0 for entry in found[1:] for key in ('seconds', 'seconds_1'))
     assert [entry['passes_made'] for entry in found if entry['decoder'] == 'naive'][:2] == [1, 2]
     assert (tmp_path / 'likelihood.png').exists() and (tmp_path / 'likelihood.svg').exists()
