@@ -194,9 +194,8 @@ def model_config(saved, path):
     config = GPTConfig(**args)
     if saved['corpus']['vocab_size'] != config.vocab_size:
         raise InputError(f'{path!r} has vocab_size={config.vocab_size}, its corpus {saved["corpus"]["vocab_size"]}')
-    expected = memory.skeleton(config)
-    memory.require(memory.of_model(expected), 'cpu', repr(path))
-    check_weights(saved['model'], expected.state_dict(), path)
+    memory.require(memory.of_model(config), 'cpu', repr(path))
+    check_weights(saved['model'], memory.skeleton(config).state_dict(), path)
     require_finite(saved['model'], path)
     return config
 

@@ -1,8 +1,10 @@
 """What memory cannot hold is refused before any of it is taken: lower bounds, so that nothing that fits is refused."""
 import math
 import os
+from dataclasses import replace
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from errors import InputError
 from model import GPT
@@ -10,10 +12,23 @@ from model import GPT
 CGROUP = '/sys/fs/cgroup/memory.max'    # a container's limit
 
 
+class NothingComputed(TorchFunctionMode):
+    """Keeps from the meta device what it would compute in Python: for that it imports torch's compiler, 1.2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.init.normal_:
+            return kwargs['tensor']
+        return function(*args, **kwargs | ({'device': 'cpu'} if function is torch.arange else {}))    # of the tables
+
+
 def skeleton(config):
-    """The model of a GPTConfig without any memory: names, shapes and dtypes of its weights (torch's meta device)."""
-    with torch.device('meta'):
-        return GPT(config)
+    """The model of a GPTConfig without memory: names, shapes and dtypes of its weights (torch's meta device).
+
+    Its tables of rotary angles are those of one position.
+    """
+    with torch.device('meta'), NothingComputed():
+        return GPT(replace(config, block_size=1))
 
 
 def available(device):
@@ -38,9 +53,11 @@ def require(needed, device, what):
                          f'{found / 2 ** 30:,.1f} GiB; wanted smaller sizes')
 
 
-def of_model(model):
-    """Bytes of the weights and tables of a model in float32."""
-    return 4 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+def of_model(config):
+    """Bytes of the weights and tables of the model of a GPTConfig, in float32."""
+    model = skeleton(config)
+    other_positions = (config.block_size - 1) * (config.n_embd // config.n_head)    # in the tables
+    return 4 * (sum(t.numel() for t in (*model.parameters(), *model.buffers())) + other_positions)
 
 
 def of_activations(config, tokens):
@@ -54,7 +71,7 @@ def require_for_training(config, model_config, device, divisor, parts=1):
     parts: into how many processes divide weights, gradients and moments.
     """
     tokens = config.batch_size // divisor * config.block_size
-    needed = of_model(skeleton(model_config)) // parts
+    needed = of_model(model_config) // parts
     if not (config.eval_only or config.freeze_trunk):
         needed = 3 * needed + of_activations(config, tokens)
     require(needed, device, f'the model with its optimizer and micro-steps of {config.batch_size // divisor} x '

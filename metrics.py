@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln
-from scipy.stats import mannwhitneyu, spearmanr
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 GROUPS = 16          # of the jackknife
@@ -29,6 +27,7 @@ def area_under_roc(truth, score):
     truth, score = as_array(truth) > 0, as_array(score)
     if truth.all() or not truth.any():
         return math.nan
+    from scipy.stats import mannwhitneyu    # two thirds of a second, which sample_simple.py need not wait for
     pairs = truth.sum() * (~truth).sum()
     return float(mannwhitneyu(score[truth], score[~truth], method='asymptotic').statistic / pairs)
 
@@ -38,6 +37,7 @@ def rank_correlation(a, b):
     a, b = as_array(a), as_array(b)
     if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
         return math.nan
+    from scipy.stats import spearmanr
     return float(spearmanr(a, b).statistic)
 
 
@@ -123,6 +123,7 @@ def distinct_ngrams(grams, pool):
     there are. An n-gram that k of N samples hold is missed by a choice with the chance C(N - k, pool) / C(N, pool):
     rarefaction, Hurlbert 1971, https://doi.org/10.2307/1934145.
     """
+    from scipy.special import gammaln
     N, total = len(grams), sum(map(len, grams))
     k = np.unique(np.concatenate([np.unique(g) for g in grams]), return_counts=True)[1]
     log_choices = lambda n: gammaln(n + 1) - gammaln(np.maximum(n - pool, 0) + 1)    # up to a factor pool!

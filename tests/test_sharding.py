@@ -124,7 +124,7 @@ def test_with_one_process_nothing_is_divided(train, trained_once, tmp_path):
 def test_what_is_divided_needs_less_memory(monkeypatch):
     config = training.SimpleNamespace(**training.settings | {'batch_size': 1, 'eval_rows': 2})
     model = GPTConfig(n_embd=384)
-    needed = 3 * memory.of_model(memory.skeleton(model)) + memory.of_activations(config, config.block_size)
+    needed = 3 * memory.of_model(model) + memory.of_activations(config, config.block_size)
     monkeypatch.setattr(memory, 'available', lambda device: needed - 1)
     with pytest.raises(InputError, match='optimizer'):
         memory.require_for_training(config, model, 'cpu', 1)
