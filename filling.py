@@ -98,13 +98,13 @@ class Wavefront:
         xt, mask (B, T); hidden (B, T, C); u (B, T) uniform; wave (B, T) int64: when each position is filled, None for
         the wavefront's own order. Returns x (B, T); wave (B, T), 0 for known positions and for first ones, which the
         language-model head fills; and the number of sequential steps. Each position costs one evaluation of the head,
-        however many waves there are. First positions are drawn at temperature 1 (unless it is 0): cooler ones would
-        begin every sequence alike.
+        however many waves there are. In the wavefront's own order first positions are drawn at temperature 1 (unless it
+        is 0): cooler ones would begin every sequence alike.
         """
-        T, reach = xt.size(1), self.reach
+        T, reach, first = xt.size(1), self.reach, temperature
         with small_products(hidden):
             if wave is None:
-                wave = wave_numbers(mask, self.first(mask, hidden))
+                wave, first = wave_numbers(mask, self.first(mask, hidden)), 1.0 if temperature else 0.0
             flat = mask.flatten().nonzero()[:, 0]
             number, order = wave.flatten()[flat].sort(stable=True)
             sequences, positions = flat[order] // T, flat[order] % T
@@ -117,7 +117,7 @@ class Wavefront:
                 now = slice(start, start + size)
                 at = sequences[now], positions[now]
                 if number == 0:
-                    drawn = self.draw(view[now], u[now], 1.0 if temperature else 0.0, top_p)
+                    drawn = self.draw(view[now], u[now], first, top_p)
                 else:
                     features = self.features(projected[now], self.around(x, at))
                     drawn = self.draw(view[now], u[now], temperature, top_p, features)

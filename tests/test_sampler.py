@@ -218,6 +218,16 @@ def test_blank_sequences_begin_at_temperature_one():
     assert torch.equal(firsts[0], firsts[1]) and firsts[1].unique().numel() > 1 == firsts[2].unique().numel()
 
 
+@pytest.mark.parametrize('plan', ['interleaved', 'random', 'spans'])
+def test_the_temperature_asked_for_is_that_of_every_position_of_a_plan(plan):
+    """Half of an interleaved text, whose positions have no known neighbour when they are filled, had temperature 1."""
+    model = tiny_model()
+    x, free = blank(model, 8)
+    almost, none = (decode_block(model, x, free, DecoderConfig(plan=plan, plan_passes=4, mask_ratios=(), temperature=t),
+                                 range(8), range(24)).x for t in (1e-5, 0.0))
+    assert torch.equal(almost, none)
+
+
 def test_a_large_vocabulary_is_filled_alike_piece_by_piece(monkeypatch):
     """Tables made wave by wave and logits made a few positions at a time change no token."""
     model = tiny_model()
