@@ -27,7 +27,7 @@ def nll(trunk, model, x, seen=None):
 def mean_nll(model, x0, batch_size):
     """NLL of each of the sequences x0 (N, T), nats per token: [float]."""
     parts = [nll(model, model, part).mean(1) for part in bar(x0.split(batch_size), 'evaluation')]
-    return torch.cat(parts).double().tolist()
+    return torch.cat(parts).tolist()
 
 
 def validate(model, x0, batch_size):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import speculative
-from noise import pieces
+from noise import exact, pieces
 from sampler import gather_neighbors, pad, uncast
 
 
@@ -55,8 +55,8 @@ def log_likelihood(model, x0, plan, use_sampler=True):
                 logits = sampler_logits(model, x0, key, wave_of, hidden, at, last, state)
             else:
                 logits = model.lm_head(hidden[at])
-            log_prob = torch.log_softmax(logits.double(), -1).gather(1, x0[at][:, None])[:, 0]
-            result[at[0].cpu(), at[1].cpu()] = log_prob.cpu()
+            log_prob = torch.log_softmax(exact(logits), -1).gather(1, x0[at][:, None])[:, 0]
+            result[at[0].cpu(), at[1].cpu()] = log_prob.cpu().double()
     return result
 
 
@@ -75,8 +75,8 @@ def speculated(model, x0, plan):
     reader = model.reader(B, T)
     read = reader.read(x0[:, :-1])
     for t in range(T - 1):    # one position at a time: of a large vocabulary no more logits than in training
-        log_prob = torch.log_softmax(reader.lm_head(read[:, t]).double(), -1)
-        trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu()
+        log_prob = torch.log_softmax(exact(reader.lm_head(read[:, t])), -1)
+        trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu().double()
     target = speculative.mixture(trunk, draft)
     result = draft.clone()
     checked = torch.zeros(B, plan.passes, speculative.DRAFT, dtype=torch.float64)    # pass k, d tokens of its draft
