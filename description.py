@@ -3,7 +3,7 @@ from device import bfloat16_speedup
 
 
 def describe_run(config, corpus, state, micro_steps, divisor, world):
-    """What a run with this train.State is, as the guide shows it."""
+    """What a run with this train.State is, in the lines that it prints first."""
     counts = {part: sum(p.numel() for p in params) for part, params in state.model.parts().items()}
     total, sequences = sum(counts.values()), config.batch_size * config.gradient_accumulation_steps
     shares = ', '.join(f'{part} {n:,}, {n / total:.1%}' for part, n in counts.items())

@@ -16,8 +16,8 @@ from blocks import lay_out, views
 from critic import CriticExamples, critic_loss
 from decoding import decode_block, default_config
 from likelihood import log_likelihood
-from metrics import area_under_roc, mean_error
-from noise import derive
+from metrics import area_under_roc, grid_error
+from noise import CRITIC, CRITIC_TEXT, HEADS, MASK_COUNTS, derive
 from plans import make_plan
 from progress import bar
 from sampler import sampler_examples, sampler_loss
@@ -178,7 +178,7 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
     each of its passes. Each process takes its own. Of the real text the trunk sees what it would have seen had the
     decoder drawn the real tokens. Returns CriticExamples, or None where no sequence is here.
     """
-    generator = torch.Generator().manual_seed(derive(seed, 0))
+    generator = torch.Generator().manual_seed(derive(seed, CRITIC))
     all_chosen = spread_choice(batch.share.total, n_sequences, generator)
     which, own = batch.share.of(all_chosen)
     by_default, blank = (bool(torch.randint(2, (), generator=generator)) for _ in range(2))
@@ -187,7 +187,8 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
         return None
     x0, mask = batch.x0[own.to(batch.x0.device)], batch.mask[own.to(batch.x0.device)] | blank
     counts = [int((batch.all_masks[numbers] | blank).sum()) for numbers in (all_chosen[which], all_chosen)]
-    config = default_config(model, iterations, prefix_only=blank, revising=not by_default, seed=derive(seed, 1))
+    config = default_config(model, iterations, prefix_only=blank, revising=not by_default,
+                            seed=derive(seed, CRITIC_TEXT))
 
     def decoded(filler=None):
         steps = []
@@ -222,7 +223,7 @@ def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True,
     sequences of the global batch each head learns from, 0 for none. seed int, of its noise. augment: as in
     sampler_examples. critic_iterations: of the decoder, None draws them.
     """
-    losses, generator = {}, torch.Generator().manual_seed(derive(seed, 2))
+    losses, generator = {}, torch.Generator().manual_seed(derive(seed, HEADS))
     if sampler_rows:
         with evaluating(model):
             examples = sampler_examples(model, batch, blocks, sampler_rows, generator, augment)
@@ -245,16 +246,17 @@ def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True,
 def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     """Negative evidence lower bound and the heads' losses on fixed sequences under fixed masks.
 
-    x0 (R, T) int64 on the model's device. A sequence's number of masks n is spread evenly over 1..T, and its part of
-    the bound is the sum of masked cross-entropies / (n / T) / T, in expectation the bound of independent masks (LLaDA).
-    Returns {'nelbo': nats per token, 'nelbo_error': its standard error over sequences (an upper one: that n is spread
-    evenly lowers the true error), 'main': cross-entropy over masked tokens, 'sampler': that of the head as a wavefront
-    fills them, 'one_pass_nll': exact, of the head from left to right in one forward pass, 'critic', 'critic_auc': as
-    far as asked for}. The critic sees a few sequences of one batch in four, decoded in 4 iterations.
+    x0 (R, T) int64 on the model's device. A sequence's number of masks n is spread evenly over 1..T, a grid with a
+    random offset, and its part of the bound is the sum of masked cross-entropies / (n / T) / T, in expectation the
+    bound of independent masks (LLaDA). Returns {'nelbo': nats per token, 'nelbo_error': its standard error, which knows
+    that n is spread evenly, 'main': cross-entropy over masked tokens, 'sampler': that of the head as a wavefront fills
+    them, 'one_pass_nll': exact, of the head from left to right in one forward pass, 'critic', 'critic_auc': as far as
+    asked for}. The critic sees a few sequences of one batch in four, decoded in 4 iterations.
     """
     R, T = x0.size()
     generator = torch.Generator().manual_seed(seed)
-    n = (1 + torch.arange(R) * T // R)[torch.randperm(R, generator=generator)]
+    order = torch.randperm(R, generator=generator)
+    n = (spread_ratios(R, torch.Generator().manual_seed(derive(seed, MASK_COUNTS))) * T).ceil().long()[order]
     xt, mask = mask_exactly(x0.cpu(), n, model.mask_id, generator)
     xt, mask = xt.to(x0.device), mask.to(x0.device)
     nelbo, totals, ranked = [], {}, []
@@ -263,15 +265,16 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         batch = forward_masked(model, model, x0[part], xt[part], mask[part])
         nll = F.cross_entropy(batch.lm_logits, batch.targets, reduction='none')
         per_sequence = nll.new_zeros(batch.mask.shape).masked_scatter(batch.mask, nll).sum(1)
-        nelbo.append(per_sequence.double().cpu() / n[part])
+        nelbo.append(per_sequence.cpu().double() / n[part])
         critic_rows = min(4, len(batch.x0)) if critic and i % 4 == 0 else 0
         losses = head_losses(model, batch, derive(seed, i), 2 * len(batch.x0) * sampler, critic_rows, augment=False,
                              critic_iterations=4)
         if critic_rows:
             ranked.append((losses.pop('critic_targets').cpu(), losses.pop('critic_logits').cpu()))
         for name, value in (losses | {'main': nll.mean()}).items():
-            totals.setdefault(name, []).append((value.double().cpu(), int(batch.mask.sum())))
-    result = dict(zip(('nelbo', 'nelbo_error'), mean_error(torch.cat(nelbo).tolist())))
+            totals.setdefault(name, []).append((value.cpu().double(), int(batch.mask.sum())))
+    nelbo = torch.cat(nelbo)[n.argsort()]
+    result = {'nelbo': nelbo.mean().item(), 'nelbo_error': grid_error(nelbo.tolist())}
     if ranked:
         targets, logits = (torch.cat(values) for values in zip(*ranked))
         result['critic_auc'] = area_under_roc(targets, logits)

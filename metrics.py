@@ -55,6 +55,16 @@ def mean_error(values):
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
 
 
+def grid_error(values):
+    """Standard error of the mean of values that each were drawn at a place of their own on a grid, in its order.
+
+    From successive differences, for what changes along the grid is no error of the mean: Wolter, Introduction to
+    Variance Estimation, 2007, chapter 8.
+    """
+    squares = [(b - a) ** 2 for a, b in zip(values, values[1:])]
+    return math.sqrt(sum(squares) / 2 / max(1, len(squares)) / len(values))
+
+
 def leave_out(n):
     """Indices of n samples without those of one group, for each of the jackknife's groups in turn."""
     groups = min(GROUPS, n)

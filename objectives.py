@@ -11,7 +11,7 @@ import torch.nn as nn
 import autoregressive
 import diffusion
 import judge
-from noise import derive
+from noise import BLOCKS, JUDGE, MASKS, TEXT_MASKS, derive
 
 
 def make_objective(model, config, generator=None):
@@ -45,7 +45,7 @@ class Objective(nn.Module):
         """
         if not self.text_masking:
             return text
-        generator = torch.Generator().manual_seed(derive(seed, 6))
+        generator = torch.Generator().manual_seed(derive(seed, TEXT_MASKS))
         ratio = 2 * self.text_masking * torch.rand(share.total, 1, generator=generator)
         mask = torch.rand(share.total, text.size(1), generator=generator) < ratio
         return text.masked_fill(mask[list(share.numbers)].to(text.device, non_blocking=True), self.model.mask_id)
@@ -60,20 +60,20 @@ class DiffusionObjective(Objective):
         n_blocks = min(block_rows, share.total // 2) if x0.size(1) > 2 else 0
         masked, in_blocks = share.split(n_blocks)
         x0, text = x0.split((len(masked.numbers), len(in_blocks.numbers)))
-        generator = torch.Generator().manual_seed(derive(seed, 5))
+        generator = torch.Generator().manual_seed(derive(seed, MASKS))
         t = diffusion.beta_ratios(diffusion.spread_ratios(masked.total, generator))
         all_masks = diffusion.draw_masks(t, x0.size(1), generator)
         mask = all_masks[list(masked.numbers)].to(x0.device, non_blocking=True)
         xt = torch.where(mask, self.model.mask_id, x0)
         batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask, masked, all_masks)
-        losses, blocks = {'main': diffusion.masked_loss(batch)}, None
+        losses, blocks, of_blocks = {'main': diffusion.masked_loss(batch)}, None, {}
         if n_blocks:
-            generator = torch.Generator().manual_seed(derive(seed, 4))
-            blocks, losses['blocks'] = diffusion.forward_blocks(
+            generator = torch.Generator().manual_seed(derive(seed, BLOCKS))
+            blocks, of_blocks['blocks'] = diffusion.forward_blocks(
                 self.trunk, self.model, text, generator, in_blocks, self.partly_masked(text, seed, in_blocks),
                 viewed=sampler_rows > 0)
         heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
-        return losses | {name: heads[name] for name in ('sampler', 'critic') if name in heads}
+        return losses | {name: heads[name] for name in ('sampler', 'critic') if name in heads} | of_blocks
 
     def validate(self, x0, batch_size, seed, sampler, critic):
         return diffusion.validate(self.model, x0, batch_size, seed, sampler, critic)
@@ -100,7 +100,7 @@ class JudgeObjective(Objective):
 
     def forward(self, x0, seed, share, *rows):
         """x0 (B, T) clean ids, of which the generator damages a part, each process as it draws for itself."""
-        x, real = judge.make_examples(self.generator[0], x0, np.random.default_rng(derive(seed, 3, share.first)))
+        x, real = judge.make_examples(self.generator[0], x0, np.random.default_rng(derive(seed, JUDGE, share.first)))
         return {'main': judge.loss(self.trunk, self.model, x, real)}
 
     def validate(self, x0, batch_size, seed, sampler, critic):

@@ -33,7 +33,7 @@ from files import locked
 from finite import HELP, Watch, check_scaler, last_good
 from metrics_log import MetricsLog
 from model import GPT, GPTConfig
-from noise import derive
+from noise import DROPOUT, derive
 from objectives import make_objective
 from optimizers import make_optimizers
 from progress import duration
@@ -152,11 +152,8 @@ def train(config, processes):
 
 
 def iterate(config, processes, corpus, saved, state, objective, log, micro_steps, stop):
-    """The loop: for every iteration learning rate, evaluate and save, micro-steps, update, log.
-
-    Returns the number of the signal that ended it, 0 where it came to its end.
-    """
-    state.model.train()
+    """The loop over iterations. Returns the number of the signal that ended it, 0 where it came to its end."""
+    state.model.train(not config.freeze_trunk)    # the heads have no dropout of their own
     current_stage, module, clock, since, start = 0, None, time.time(), state.iter_num, state.iter_num
     watch = Watch()
     for it in range(start, max(start, config.max_iters) + 1):
@@ -198,7 +195,7 @@ def iterate(config, processes, corpus, saved, state, objective, log, micro_steps
             own = Share(config.gradient_accumulation_steps * config.batch_size, part, micro_steps * processes.world)
             seed = derive(config.seed, it)
             x0 = next_batch(config, corpus, objective, seed, own, processes.device)
-            torch.manual_seed(derive(seed, part))    # of dropout
+            torch.manual_seed(derive(seed, DROPOUT, part))
             with without_sync(module, last=micro == micro_steps - 1):
                 with autocast(processes.device, config.dtype):
                     losses = module(x0, seed, own, *rows_to_learn_from(config, current_stage, it))
@@ -243,6 +240,7 @@ def build(config, corpus, saved, processes, divisor):
     parts = processes.world if processes.shards else 1
     memory.require_for_training(config, model_config, processes.device, divisor, parts)
     model = GPT(model_config)
+    model.reads_text = config.block_rows != 0
     generator = None
     if config.generator_checkpoint:
         generator = checkpoint.load_generator(config.generator_checkpoint, corpus.meta, config.block_size)
@@ -380,12 +378,12 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
         processes.print0(f'iter {state.iter_num}: {split} {text}' + (f' ({", ".join(others)})' if others else ''))
         if log:
             log.write({'iter': state.iter_num, 'split': split} | result)
-    state.model.train()
+    state.model.train(not config.freeze_trunk)
     return result[objective.figure]
 
 
 def log_losses(config, state, log, values, ms):
-    """The guide's line, and behind it the time left, without what later stages cost more; the figures."""
+    """One line: losses, speed and the time left, without what later stages cost more; the same figures in the log."""
     it, left = state.iter_num, duration((config.max_iters - state.iter_num) * ms / 1000)
     total = weighted(config, state.start_iter, it, values)
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size

@@ -10,7 +10,7 @@ from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in, tiny_mode
 from errors import InputError
 
 
-def test_the_guides_snippet(trained):
+def test_what_a_checkpoint_says_of_its_heads(trained):
     ckpt = torch.load(trained / 'ckpt.pt', map_location='cpu', weights_only=False)
     assert ckpt['model_args'].get('add_sampler_head', False) is True
     assert ckpt['model_args'].get('start_sampler_iteration', 'N/A') == 3

@@ -166,3 +166,13 @@ def test_text_like_the_training_text_is_likelier():
 def test_a_large_vocabulary_shortens_the_order():
     model = NGram(''.join(map(chr, range(100, 3100))) * 2, order=8)
     assert model.order == 5 and model.V ** model.order < 2 ** 63
+
+
+def test_the_error_of_a_mean_over_a_grid():
+    """A slope is no error: 400 means of 100 noisy values along one vary as the error says, not as a sample's would."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (400, 100))
+    values = 5 * np.linspace(0, 1, 100) + noise
+    errors = np.array([metrics.grid_error(row.tolist()) for row in values])
+    assert values.mean(1).std() == pytest.approx(errors.mean(), rel=0.15) and errors.mean() < 0.1 * metrics.mean_error(
+        values[0].tolist())[1]
+    assert metrics.grid_error([1.0, 3.0]) == 1.0 and metrics.grid_error([1.0]) == 0.0

@@ -1,4 +1,4 @@
-"""The trunk and its layers, the sizes that the guide promises, and the compiled model."""
+"""The trunk and its layers, its sizes, and the compiled model."""
 import os
 import shutil
 

@@ -21,7 +21,7 @@ def test_a_bar_goes_to_a_terminal_alone_and_steps_are_kept(monkeypatch, capsys, 
     assert out == '' and ('evaluation' in err) == drawn
 
 
-def test_the_log_line_of_the_guide_ends_with_the_time_left(trained_once):
+def test_a_log_line_ends_with_the_time_left(trained_once):
     lines = re.findall(r'^iter \d+: loss .*$', trained_once[1], re.M)
     number = r'\d+\.\d{4}'
     assert len(lines) == 12
