@@ -220,6 +220,7 @@ def load_model(path, kind='char_diffusion_sampler'):
     saved = load(path, kind)
     model = GPT(model_config(saved, path))
     model.load_state_dict(saved['model'])
+    model.reads_text = saved['config'].get('block_rows') != 0
     return model.eval(), Tokenizer(saved['corpus']), saved
 
 

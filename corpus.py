@@ -234,6 +234,10 @@ class Corpus:
         starts = rng.integers(0, len(ids) - length + 1, n)[chosen]
         return ids[starts[:, None] + np.arange(length)].astype(np.int64)
 
+    def room(self, split, n, length):
+        """How many sequences of that length lie side by side in a split: n at most, 2 at least."""
+        return max(2, min(n, len(self.splits[split]) // length))
+
     def spread_rows(self, split, n, length):
         """n sequences from evenly spaced positions, the same on every call, (n, length) int64."""
         ids = self.splits[split]

@@ -57,14 +57,13 @@ class DecoderConfig:
         return (1 - done) * self.temperature + done * self.end_temperature    # exactly the end at the end
 
 
-def default_config(model, iterations=15, use_sampler=None, prefix_only=True, revising=False, reads_text=True,
-                   **changes):
+def default_config(model, iterations=15, use_sampler=None, prefix_only=True, revising=False, **changes):
     """What sample_simple.py does by default in so many iterations, with changes to fields of DecoderConfig.
 
     use_sampler None: wherever the model has a sampler head. With it the text is written from left to right by the head
     and checked by the trunk as far as the iterations go (speculative.py), or, with corrections or a temperature that
-    changes, in blocks, or in interleaved order by a trunk that did not learn to read text from left to right
-    (reads_text False); then it is not revised: at real text's diversity nothing tried that revises is as likely.
+    changes, in blocks; without it, and where the trunk did not learn to read text from left to right, in interleaved
+    order. It is not revised: at real text's diversity nothing tried that revises is as likely.
     revising: the first pass writes everything, the others remask and refill. Text that is given elsewhere than as a
     prefix (prefix_only False) is filled in as wavefronts and revised. The critic orders what the head filled, for it
     learned from that; without the head confidence does.
@@ -73,12 +72,13 @@ def default_config(model, iterations=15, use_sampler=None, prefix_only=True, rev
     config = DecoderConfig(
         use_sampler=use_sampler, order='critic' if use_sampler and model.critic_head is not None else 'confidence',
         mask_ratios=tuple(linear_ratios(iterations, *default_ratios(iterations))), temperature=0.8)
-    if use_sampler and prefix_only:
+    if prefix_only and not revising:
+        changing = changes.get('corrections') or changes.get('end_temperature') is not None
+        from_left = 'blocks' if changing else 'speculative'
+        config.plan = from_left if use_sampler and model.reads_text else 'interleaved'
+        config.plan_passes, config.mask_ratios = iterations, ()
+    elif prefix_only and use_sampler:
         config.plan = 'left-to-right'
-        if not revising:
-            changing = changes.get('corrections') or changes.get('end_temperature') is not None
-            config.plan = 'interleaved' if not reads_text else 'blocks' if changing else 'speculative'
-            config.plan_passes, config.mask_ratios = iterations, ()
     return replace(config, **changes)
 
 
@@ -177,7 +177,7 @@ def decode_block(model, x, free, config, sequences, positions, on_pass=None, fil
             return decode_speculatively(model, x, free, plan, config, at_sequences, positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
-        elif given:
+        elif given or config.plan_passes > x.size(1):
             idle = set(range(config.plan_passes)) - set(plan.pass_of[free].unique().tolist())
     reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
     score = exact(torch.zeros_like(x))

@@ -51,7 +51,7 @@ from timing import synchronize
 
 EVALUATOR = 'out-char-ar/ckpt.pt'
 BATCH = 32    # samples decoded at a time
-EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound, as in train.py
+EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound at most, as in train.py
 
 
 # -----------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Evaluation:
         require_same_vocabulary(saved['corpus'], args.checkpoint, self.corpus.meta)
         weights = torch.float64 if self.dtype == 'float64' else torch.float32
         for model in filter(None, (self.model, self.evaluator)):
-            model.to(self.device, weights)
+            model.to(self.device, weights).requires_grad_(False)    # so that tables of weights are made once
 
     def identity(self, args):
         """What results depend on: those of another identity do not compare."""
@@ -160,7 +160,8 @@ class Evaluation:
         if 'validation' in self.result:
             return
         self.result['reference']['real text'] = self.measure(self.real)
-        sequences = self.corpus.spread_rows('val', EVAL_SEQUENCES, self.model.config.block_size)
+        n, T = EVAL_SEQUENCES, self.model.config.block_size
+        sequences = self.corpus.spread_rows('val', self.corpus.room('val', n, T), T)
         with autocast(self.device, self.dtype):
             bound = diffusion.validate(self.model, torch.from_numpy(sequences).to(self.device), 64, self.seed)
         bits = 1 / math.log(2) / self.corpus.chars_per_token
@@ -236,7 +237,8 @@ def parser():
     add('--overwrite', action='store_true', help='replace results of other models, seeds or code in --out-dir')
     add('--quick', action='store_true', help='fewer settings: about three minutes with a small model on two cores')
     add('--decoders', default='', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
-    add('--passes', default='', help=f'numbers of forward passes (default: {joined(PASSES)})')
+    add('--passes', default='', help=f'numbers of forward passes (default: those of {joined(PASSES)} that a decoder '
+        f'takes; {joined(likelihood_table.PASSES)} with --likelihood)')
     add('--plans', default='', help='of --likelihood, such as interleaved,speculative (default: all)')
     add('--temperatures', default='', help=f'points of each curve (default: {joined(TEMPERATURES)})')
     add('--num-samples', type=int, help='samples of each setting (default: 32)')

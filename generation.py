@@ -31,21 +31,19 @@ SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrained',
 
 
 def checkpoint_path(args):
-    """The checkpoint that the flags name; the shipped model while there is no folder that the defaults name."""
+    """The checkpoint that the flags name; the shipped model while there is none that the defaults name."""
     path = os.path.join(args.out_dir, args.checkpoint_name)
-    if path == os.path.join('out-char-diffusion', 'ckpt.pt') and not os.path.exists(args.out_dir) \
-            and os.path.isfile(SHIPPED):
-        print(f'no {args.out_dir} yet: this is the shipped model; '
+    if path == os.path.join('out-char-diffusion', 'ckpt.pt') and not os.path.exists(path) and os.path.isfile(SHIPPED):
+        print(f'no {path} yet: this is the shipped model; '
               f'python train.py config/train_char_diffusion_sampler.py trains your own')
         return SHIPPED
     return path
 
 
-def decoder_config(args, model, path, prefix_only=True, reads_text=True):
+def decoder_config(args, model, path, prefix_only=True):
     """The DecoderConfig that the flags ask for: the defaults, changed by each flag that was given.
 
-    prefix_only: no text is given but at the front, see prompts.is_prefix. reads_text: the trunk learned to read text
-    from left to right (block_rows), which it would check drafts by.
+    prefix_only: no text is given but at the front, see prompts.is_prefix.
     """
     if args.order == 'critic' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --order critic needs')
@@ -55,7 +53,7 @@ def decoder_config(args, model, path, prefix_only=True, reads_text=True):
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
     if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
         given.setdefault('plan', 'blocks')    # left-to-right, as flags that revise have it, takes one pass
-    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args), reads_text,
+    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args),
                             seed=args.seed, top_p=args.top_p, temperature=args.temperature,
                             end_temperature=args.end_temperature, revise=not args.no_revise,
                             randomness_strength=args.randomness_strength, remask_kept=args.remask_kept,
@@ -247,8 +245,7 @@ def generate_text(args, processes):
     require_generator(model, path)
     x, free = given_text(args, tokenizer, model.config.block_size)
     length = x.size(1)
-    reads_text = saved['config'].get('block_rows') != 0
-    config = decoder_config(args, model, path, is_prefix(args, free), reads_text)
+    config = decoder_config(args, model, path, is_prefix(args, free))
     if args.quality_metric == 'node' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head, which --quality-metric node needs')
     device = processes.device

@@ -28,7 +28,7 @@ from metrics import mean_error
 from plans import make_plan
 from timing import in_turn, medians
 
-SEQUENCES = 432    # validation sequences, as many as train.py's evaluations have
+SEQUENCES = 432    # validation sequences at most, as many as train.py's evaluations have
 BATCH = 32         # sequences scored, and sampled for the seconds, at a time
 ROUNDS = 3         # of the seconds, after a warm-up
 FRONTS = (4, 16)
@@ -72,6 +72,11 @@ def plan_of(model, name, passes, seed, sequences, device):
     return make_plan(name, T, passes, seed, sequences, first, device=device)
 
 
+def n_sequences(evaluation):
+    """How many validation sequences are measured: fewer of a short text, for errors know nothing of what they share."""
+    return evaluation.corpus.room('val', SEQUENCES, evaluation.model.config.block_size + 1)
+
+
 @torch.no_grad()
 def measure(evaluation, decoders, progress):
     """One entry for each decoder, after those of the bound and of the autoregressive baseline, on the same sequences.
@@ -79,7 +84,8 @@ def measure(evaluation, decoders, progress):
     evaluation: evaluate.Evaluation, whose processes share the entries; all of them get all.
     """
     T, processes = evaluation.model.config.block_size, evaluation.processes
-    rows = torch.from_numpy(evaluation.corpus.spread_rows('val', SEQUENCES, T + 1)).to(evaluation.device)
+    rows = evaluation.corpus.spread_rows('val', n_sequences(evaluation), T + 1)
+    rows = torch.from_numpy(rows).to(evaluation.device)
     todo = [('nelbo', 'random', T), *decoders]
     if T < evaluation.evaluator.config.block_size + 1:
         todo.insert(1, ('ar_baseline', 'left-to-right', T))
@@ -106,7 +112,7 @@ def compared(entries):
 
 
 def measure_likelihood(evaluation, rows, decoder, name, passes):
-    """The entry of a decoder on rows (SEQUENCES, T + 1), as yet without seconds; values: nats per token of each.
+    """The entry of a decoder on rows (N, T + 1), as yet without seconds; values: nats per token of each.
 
     The baseline is given one token of the text before, for it cannot begin by itself. The bound has no values: each
     sequence has a number of masks of its own.
@@ -119,8 +125,8 @@ def measure_likelihood(evaluation, rows, decoder, name, passes):
         values = autoregressive.mean_nll(evaluation.evaluator, rows, BATCH)
     else:
         nll = []
-        for start in range(0, SEQUENCES, BATCH):
-            sequences = range(start, min(start + BATCH, SEQUENCES))
+        for start in range(0, len(rows), BATCH):
+            sequences = range(start, min(start + BATCH, len(rows)))
             plan = plan_of(model, name, passes, seed, sequences, evaluation.device)
             own = x0[sequences.start:sequences.stop]
             nll.append(-log_likelihood(model, own, plan, use_sampler=decoder == 'wavefront').mean(1))
@@ -246,7 +252,8 @@ def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
     if not processes.master_process:
         return
     print(table(entries))
-    print(f'\n{SEQUENCES} validation sequences of {evaluation.model.config.block_size} tokens, {evaluation.dtype} on '
+    length = evaluation.model.config.block_size
+    print(f'\n{n_sequences(evaluation)} validation sequences of {length} tokens, {evaluation.dtype} on '
           f'{evaluation.device}; seconds at temperature 1, by turns')
     with suppress(FileNotFoundError):    # never beside the identity of another
         os.remove(f'{path}.json')

@@ -58,8 +58,8 @@ def parser():
     add('--iterations', type=int, metavar='N', help='forward passes over one block, at most; longer texts take '
         'overlapping windows (default: 15)')
     add('--plan', metavar='NAME', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
-        '(default: speculative; left-to-right where a flag asks to revise; wavefront without a sampler and where '
-        'text is given elsewhere than in front)')
+        '(default: speculative, or interleaved without a sampler; left-to-right where a flag asks to revise; '
+        'wavefront where text is given elsewhere than in front)')
     add('--plan-passes', type=int, metavar='N',
         help=f'iterations that the plan takes, the others revise (default: 1, or all for {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')

@@ -139,12 +139,16 @@ def test_one_batch_overfits():
 
 @pytest.fixture(scope='module')
 def judges(script, toy_data, trained_once, tmp_path_factory):
-    """A folder with the generator's ckpt.pt, and judge_model.pt and ar.pt, trained a few steps by their own configs."""
+    """A folder with the generator's ckpt.pt, and judge_model.pt and ar.pt, trained a few steps by their own configs.
+
+    So few that the judge's best is the one that it begins with, hence always_save_checkpoint.
+    """
     folder = tmp_path_factory.mktemp('judges')
     shutil.copy(trained_once[0] / 'ckpt.pt', folder)
     tiny = [arg for arg in TINY[1:] if not arg.startswith(('--start_', '--end_', '--sampler_'))]
     common = [*tiny, f'--data_dir={toy_data}', f'--out_dir={folder}']
-    for args in (['config/train_judge.py', *common, f'--generator_checkpoint={folder}/ckpt.pt'],
+    for args in (['config/train_judge.py', *common, f'--generator_checkpoint={folder}/ckpt.pt',
+                  '--always_save_checkpoint=True'],
                  ['config/train_char_ar.py', *common, '--checkpoint_name=ar.pt']):
         status, out, err = script('train.py', *args)
         assert status == 0, err
@@ -166,7 +170,7 @@ def test_a_judge_goes_on_with_its_generator_and_batch_alone(script, judges, toy_
     def resume(generator, *args):
         status, _, err = script('train.py', 'config/train_judge.py', *tiny, f'--data_dir={toy_data}',
                                 f'--out_dir={tmp_path}', f'--generator_checkpoint={tmp_path / generator}',
-                                '--init_from=resume', '--max_iters=14', *args)
+                                '--init_from=resume', '--max_iters=14', '--always_save_checkpoint=True', *args)
         return status, err
     status, err = resume('ckpt.pt', '--batch_size=4')
     assert status == 2 and 'batch_size 8, this run 4' in err
@@ -178,7 +182,7 @@ def test_a_judge_goes_on_with_its_generator_and_batch_alone(script, judges, toy_
     assert resume('moved.pt') == (0, '')
 
 
-def test_the_judges_config_leads_to_the_guides_command():
+def test_the_judges_config_leads_to_its_command():
     """`--judge-checkpoint-name judge_model.pt` is looked up in the default --out-dir: the config writes it there."""
     settings = read_file(f'{ROOT}/config/train_judge.py')
     assert (settings['out_dir'], settings['checkpoint_name']) == ('out-char-diffusion', 'judge_model.pt')

@@ -1,4 +1,4 @@
-"""sample_simple.py as a user runs it: every flag of the guide, the file that --save writes, and what it refuses."""
+"""sample_simple.py as a user runs it: every flag, the file that --save writes, and what it refuses."""
 import collections
 import json
 import re
@@ -28,7 +28,7 @@ def sample(script, trained_once):
     return call
 
 
-def test_every_flag_of_the_guide(sample, tmp_path):
+def test_every_flag(sample, tmp_path):
     out = sample('--checkpoint-name', 'ckpt.pt', '--num-samples', 3, '--sequence-length', 64, '--iterations', 4,
                  '--temperature', 0.8, '--top-p', 0.95, '--schedule-mode', 'ratio', '--start-ratio', 0.95,
                  '--end-ratio', 0.05, '--seed-text', 'the cat sat', '--seed-placement', 'random',
@@ -158,7 +158,8 @@ def test_plain_lines_where_there_is_no_terminal(script, trained_once):
     ([], 'with the sampler head, plan speculative, at most 15 forward passes, '),
     (['--iterations', 1], 'with the sampler head, plan speculative, 1 forward pass, '),
     (['--order', 'critic', '--iterations', 3], 'with the sampler head, plan left-to-right, 3 forward passes, '),
-    (['--disable-sampler', '--iterations', 2], 'naively, 2 forward passes, '),
+    (['--disable-sampler', '--iterations', 2], 'naively, plan interleaved, 2 forward passes, '),
+        (['--disable-sampler', '--start-ratio', 0.5, '--iterations', 2], 'naively, 2 forward passes, '),
     (['--disable-sampler', '--plan', 'random', '--iterations', 2], 'naively, plan random, 2 forward passes, '),
     (['--sequence-length', 64, '--iterations', 2], '2 forward passes over each of 3 windows, ')])
 def test_the_first_line_says_how_it_decodes(sample, flags, said):
@@ -228,7 +229,7 @@ def test_corrections_need_a_head(script, train, tmp_path):
     '--num-samples 16 --sequence-length 1024 --iterations 15 --temperature 0.8 --top-p 0.95 --schedule-mode ratio '
     '--start-ratio 0.95 --end-ratio 0.05 --seed-text words --seed-placement random --quality-metric judge '
     '--judge-checkpoint-name judge_model.pt --save output.json --verbose'])
-def test_the_guides_flags_go_together(flags):
+def test_flags_go_together(flags):
     """Those of its four commands, as it writes them."""
     args = sample_simple.parser().parse_args(f'--out-dir out-char-diffusion --checkpoint-name ckpt.pt {flags}'.split())
     sample_simple.check(args)
@@ -260,8 +261,8 @@ def test_help_tells_each_default_once(sample):
     assert '(default: 15)' in text and '(default: 0.8)' in text
 
 
-def test_the_guides_commands_for_a_judge(script, toy_data, trained_once, tmp_path):
-    """config/train_judge.py writes the file that the guide's flags name, and the name alone implies the metric.
+def test_commands_for_a_judge(script, toy_data, trained_once, tmp_path):
+    """config/train_judge.py writes the file that --judge-checkpoint-name names, and the name alone implies the metric.
 
     Nothing wrote a judge_model.pt, and --judge-checkpoint-name without --quality-metric judge was refused.
     """
