@@ -42,7 +42,7 @@ from decoding import default_config, generate
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
 from files import make_folder, write_atomically
-from filling import Naive, Wavefront
+from filling import NaiveFiller, HeadFiller
 from model import GPT, GPTConfig
 from settings import Range, check, check_range
 from speculative import Writer
@@ -219,11 +219,11 @@ def parts_timed(clock):
     """Time of each part of a decoding, into a Clock; what one part calls of another counts for the other alone."""
     kept, inside = [], []
     for owner, method, part in ((GPT, 'forward', 'trunk'), (CachedTrunk, 'through_blocks', 'trunk'),
-                                (Naive, 'fill', 'waves'), (Wavefront, 'fill', 'waves'),
-                                (Wavefront, 'fill_from_left', 'waves'), (Writer, 'draft', 'waves'),
+                                (NaiveFiller, 'fill', 'waves'), (HeadFiller, 'fill', 'waves'),
+                                (HeadFiller, 'fill_from_left', 'waves'), (Writer, 'draft', 'waves'),
                                 (Writer, 'check', 'checking'),
-                                (Wavefront, 'correct', 'corrections'), (Naive, 'rescore', 'remasking'),
-                                (Wavefront, 'rescore', 'remasking'), (CriticHead, 'forward', 'remasking'),
+                                (HeadFiller, 'correct', 'corrections'), (NaiveFiller, 'rescore', 'remasking'),
+                                (HeadFiller, 'rescore', 'remasking'), (CriticHead, 'forward', 'remasking'),
                                 (decoding, 'positions_to_remask', 'remasking'), (filling, 'sample', 'sampling'),
                                 (autoregressive, 'sample', 'sampling')):
         def timed(*args, plain=getattr(owner, method), part=part):    # noqa: B008 (bound now, in this round)

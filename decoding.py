@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import speculative
 from critic import remask_score
-from filling import Naive, Wavefront
+from filling import NaiveFiller, HeadFiller
 from noise import (ACCEPTED, CORRECTIONS, KEPT, ORDER, REPLACED, TOKENS, exact, gumbel, margin, numbers, probability,
                    uniform)
 from plans import make_plan
@@ -134,7 +134,7 @@ def positions_to_remask(config, i, score, mask, free, sequences, positions):
 
 
 # -----------------------------------------------------------------------------
-# the loop over passes, and over blocks
+# the loop over passes, and over windows
 
 WANTED = ('hidden', 'remask_score', 'p_generated')    # what costs time and is made for who wants it
 
@@ -149,114 +149,162 @@ class Decoded:
 
 def make_filler(model, config):
     """Who fills in this decoding. What it computes of the weights serves every block until they change."""
-    return Wavefront.of(model) if config.use_sampler else Naive(model)
+    return HeadFiller.of(model) if config.use_sampler else NaiveFiller(model)
 
 
 @torch.no_grad()
-def decode_block(model, x, free, config, sequences, positions, on_pass=None, filler=None, wanted=()):
-    """Fill the free positions of a block in config.passes forward passes or fewer.
+def decode_window(model, x, free, config, sequences, positions, on_pass=None, filler=None, wanted=()):
+    """Fill the free positions of a window in config.passes forward passes or fewer.
 
     x (B, T) ids, of which the free ones are ignored; free (B, T) bool; sequences (B,) and positions (T,) int name them
     to the noise. on_pass is called with a dict after every pass. filler: of make_filler, None makes one. wanted: some
     of WANTED, 'hidden' (the trunk's view) and 'remask_score' for on_pass, 'p_generated' in the Decoded that is
-    returned. While a plan is followed and no score is wanted, a pass does not wait for the device; a
-    speculative one waits once.
+    returned. While a plan is followed and no score is wanted, a pass does not wait for the device; a speculative one
+    waits once.
     """
     assert set(wanted) <= set(WANTED), f'wanted {wanted}, there are {WANTED}'
-    filler, critic = filler or make_filler(model, config), model.critic_head
-    reach = max(filler.reach, critic.reach if config.order == 'critic' else 0)
-    corrections = config.corrections if config.use_sampler else 0    # a marginal drawn again is no better informed
-    at_sequences, at_positions = (numbers(values, x.device) for values in (sequences, positions))    # copied once
-    x, unknown, waves, hidden, state = torch.where(free, model.mask_id, x), free, 0, 0, None
-    plan, idle = None, set()    # the wavefront's own order is that of every fill; passes in which nothing is filled
-    if config.plan != 'wavefront' and free.any():
+    filler, plan, uneven = filler or make_filler(model, config), None, False
+    named = tuple(numbers(values, x.device) for values in (sequences, positions))    # copied once
+    x = torch.where(free, model.mask_id, x)
+    if config.plan != 'wavefront' and free.any():    # the wavefront's own order is that of every fill
         given = not free.all()
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences,
                          free=free if given else None, device=x.device)
         if plan.speculative:
-            return decode_speculatively(model, x, free, plan, config, at_sequences, positions, on_pass, filler, wanted)
+            return decode_speculatively(model, x, free, plan, config, named[0], positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)
-        elif given or config.plan_passes > x.size(1):
-            idle = set(range(config.plan_passes)) - set(plan.pass_of[free].unique().tolist())
-    reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
-    score = exact(torch.zeros_like(x))
-    stale, busy = torch.zeros_like(free), range(len(x))    # positions to rescore; sequences with masks
-    passes = 0
-    for i in range(config.passes):
-        remasks = config.plan_passes <= i + 1 < config.passes
-        if i in idle and not remasks:
-            continue
-        passes += 1
-        # 1. one forward pass; each position keeps the trunk's view from when it was last masked
-        xt, last = torch.where(unknown, model.mask_id, x), None
-        planned = plan is not None and i < config.plan_passes
-        if planned and plan.blockwise:
-            (lane,) = plan.lanes[i]
-            block, now = slice(lane.start, lane.end), unknown[:, lane.start:lane.end, None]
-            read, last = reader.read_block(xt, lane.start, lane.end)
-            hidden = hidden if i else read.new_zeros(*x.shape, read.size(-1))
-            hidden[:, block] = torch.where(now, read, hidden[:, block])
-        elif len(busy) == len(x):
-            hidden = torch.where(unknown[..., None], model(xt), hidden)
-        else:
-            hidden = hidden.index_copy(0, busy, torch.where(unknown[busy, :, None], model(xt[busy]), hidden[busy]))
-        mask = unknown & (plan.pass_of == i) if planned else unknown
-        later = unknown & ~mask    # what the plan leaves to later passes
-
-        wave_of, steps, corrected = torch.zeros_like(x), 0, torch.zeros_like(free)
-        for j in range(1 + corrections):
-            # 2. fill what is masked; then resample the worst of it, which costs no forward pass
-            resample_mask, stream, step = mask, TOKENS, i
-            if j:
-                share = config.correction_ratio * (corrections + 1 - j) / corrections
-                resample_mask = highest(score, mask, (share * mask.sum(1)).round())
-                stream, step = CORRECTIONS, i * corrections + j - 1
-                corrected = corrected | resample_mask
-            u = uniform(config.seed, stream, at_sequences, step, at_positions, x.device)
-            before, xt_now = x, torch.where(later | resample_mask, model.mask_id, x)
-            now = xt_now, resample_mask, hidden
-            draw = u, config.temperature_of(i), config.top_p
-            if planned and plan.lanes and config.use_sampler and not j:
-                x, wave, made, state = filler.fill_from_left(*now, last, plan.lanes[i], *draw, state)
-            elif j:
-                x, wave, made = filler.correct(torch.where(later, model.mask_id, x), *now[1:], *draw)
-            else:
-                x, wave, made = filler.fill(*now, *draw, plan.wave_of if planned else None)
-            wave_of = torch.where(resample_mask, steps + wave, wave_of)
-            steps += made
-
-            # 3. rescore what was filled or has another neighbour than before, when somebody asks
-            changed = within_reach(resample_mask & (x != before), reach) if i or j else resample_mask
-            stale = stale | resample_mask | changed
-            if 'remask_score' in wanted or remasks or j < corrections:
-                at = (free & ~later & stale).nonzero(as_tuple=True)
-                score[at] = score_at(model, filler, config, x, hidden, at)
-                stale = torch.zeros_like(stale)
-        waves += steps
-        state = None if corrections else state    # it has read tokens that were resampled since
-
-        # 4. mask the worst again, once the plan is through
-        remasked = later
-        if remasks:
-            remasked = positions_to_remask(config, i, score, mask, free, at_sequences, at_positions)
-            if not planned:    # a finished sequence stays so, whatever the others do
-                remasked = remasked & mask.any(1, keepdim=True)
+        uneven = not plan.lanes and (given or config.plan_passes > x.size(1))
+    window, passes, waves = Window(model, x, free, config, plan, filler, named), 0, 0
+    for i in window.passes_to_make(uneven):
+        # 1. one forward pass, 2. fill what is masked and correct it, 3. mask the worst again, once the plan is through
+        xt, mask, later, last = window.read(i)
+        wave, steps, corrected = window.fill(i, mask, later, last, rescored='remask_score' in wanted)
+        remasked = window.remask(i, mask, later)
         if on_pass:
-            also = {'hidden': lambda: hidden.clone(), 'remask_score': lambda: torch.where(free, score, 0)}
-            on_pass({'pass': passes - 1, 'start': positions[0], 'xt': xt, 'x': x, 'wave': wave_of, 'remasked': remasked,
+            also = {'hidden': lambda: window.hidden.clone(), 'remask_score': lambda: torch.where(free, window.score, 0)}
+            on_pass({'pass': passes, 'start': positions[0], 'xt': xt, 'x': window.x, 'wave': wave, 'remasked': remasked,
                      'corrected': corrected}
                     | {name: value() for name, value in also.items() if name in wanted})
-        unknown = remasked
-        if i + 1 >= config.plan_passes:    # the plan knows that more is to come
-            busy = unknown.any(1).nonzero()[:, 0]
-            if not len(busy):
-                break
-    return Decoded(x, p_generated_of(model, x, free, hidden) if 'p_generated' in wanted else None, passes, waves)
+        passes, waves = passes + 1, waves + steps
+        if window.is_finished(i, remasked):
+            break
+    p_generated = p_generated_of(model, window.x, free, window.hidden) if 'p_generated' in wanted else None
+    return Decoded(window.x, p_generated, passes, waves)
+
+
+class Window:
+    """A window of text while it is decoded, and the steps of a pass over it.
+
+    x (B, T) ids; unknown (B, T) bool, what is masked; hidden (B, T, C) the trunk's view of each position from when it
+    was last masked; score (B, T), high for tokens to remask, and stale (B, T) bool, where it is out of date; busy, the
+    sequences that have masks. named: the numbers of sequences (B,) and positions (T,) for the noise.
+    """
+
+    def __init__(self, model, x, free, config, plan, filler, named):
+        self.model, self.x, self.free, self.config, self.filler, self.named = model, x, free, config, filler, named
+        self.plan, self.unknown, self.hidden, self.busy = plan, free, 0, range(len(x))
+        self.score, self.stale = exact(torch.zeros_like(x)), torch.zeros_like(free)
+        self.reach = max(filler.reach, model.critic_head.reach if config.order == 'critic' else 0)
+        self.corrections = config.corrections if config.use_sampler else 0    # a marginal is no better drawn again
+        self.reader = model.reader(*x.shape) if plan is not None and plan.blockwise else None
+        self.state = None    # the head's recurrent state behind what is filled from left to right
+
+    def passes_to_make(self, uneven):
+        """Numbers of the passes; where they are uneven, without those that would neither fill nor remask anything."""
+        passes = range(self.config.passes)
+        if not uneven:
+            return passes
+        fills = set(self.plan.pass_of[self.free].unique().tolist())
+        return [i for i in passes if i in fills or i >= self.config.plan_passes or self.remasks(i)]
+
+    def planned(self, i):
+        return self.plan is not None and i < self.config.plan_passes
+
+    def remasks(self, i):
+        return self.config.plan_passes <= i + 1 < self.config.passes
+
+    def read(self, i):
+        """The forward pass: the trunk reads what is there, and what was masked gets its view.
+
+        Returns ids as the trunk reads them; what this pass fills and what the plan leaves to later ones, (B, T) bool;
+        and the trunk's state at the last token before a block (B, C), or None.
+        """
+        xt, last, B = torch.where(self.unknown, self.model.mask_id, self.x), None, len(self.x)
+        if self.planned(i) and self.plan.blockwise:
+            (lane,) = self.plan.lanes[i]
+            block, now = slice(lane.start, lane.end), self.unknown[:, lane.start:lane.end, None]
+            read, last = self.reader.read_block(xt, lane.start, lane.end)
+            self.hidden = self.hidden if i else read.new_zeros(*self.x.shape, read.size(-1))
+            self.hidden[:, block] = torch.where(now, read, self.hidden[:, block])
+        elif len(self.busy) == B:
+            self.hidden = torch.where(self.unknown[..., None], self.model(xt), self.hidden)
+        else:
+            now, before = self.unknown[self.busy, :, None], self.hidden[self.busy]
+            self.hidden = self.hidden.index_copy(0, self.busy, torch.where(now, self.model(xt[self.busy]), before))
+        mask = self.unknown & (self.plan.pass_of == i) if self.planned(i) else self.unknown
+        return xt, mask, self.unknown & ~mask, last
+
+    def fill(self, i, mask, later, last, rescored):
+        """Fill the positions of mask (B, T), then resample the worst of them, which costs no forward pass.
+
+        rescored: somebody wants the scores. Returns in which wave each position was filled (B, T), the number of waves,
+        and what was resampled (B, T) bool.
+        """
+        config, waves, corrected = self.config, 0, torch.zeros_like(mask)
+        wave_of, draw = torch.zeros_like(self.x), (config.temperature_of(i), config.top_p)
+        for j in range(1 + self.corrections):
+            filled, stream, step = mask, TOKENS, i
+            if j:
+                share = config.correction_ratio * (self.corrections + 1 - j) / self.corrections
+                filled = highest(self.score, mask, (share * mask.sum(1)).round())
+                stream, step = CORRECTIONS, i * self.corrections + j - 1
+                corrected = corrected | filled
+            u = uniform(config.seed, stream, self.named[0], step, self.named[1], self.x.device)
+            before, masked = self.x, torch.where(later | filled, self.model.mask_id, self.x)
+            if j:
+                known = torch.where(later, self.model.mask_id, self.x)
+                self.x, wave, made = self.filler.correct(known, filled, self.hidden, u, *draw)
+            elif self.planned(i) and self.plan.lanes and config.use_sampler:
+                self.x, wave, made, self.state = self.filler.fill_from_left(
+                    masked, filled, self.hidden, last, self.plan.lanes[i], u, *draw, self.state)
+            else:
+                order = self.plan.wave_of if self.planned(i) else None
+                self.x, wave, made = self.filler.fill(masked, filled, self.hidden, u, *draw, order)
+            wave_of = torch.where(filled, waves + wave, wave_of)
+            waves += made
+            # what was filled is rescored, or has another neighbour than before, when somebody asks
+            changed = within_reach(filled & (self.x != before), self.reach) if i or j else filled
+            self.stale = self.stale | filled | changed
+            if rescored or self.remasks(i) or j < self.corrections:
+                self.rescore(later)
+        self.state = None if self.corrections else self.state    # it has read tokens that were resampled since
+        return wave_of, waves, corrected
+
+    def rescore(self, later):
+        at = (self.free & ~later & self.stale).nonzero(as_tuple=True)
+        self.score[at] = score_at(self.model, self.filler, self.config, self.x, self.hidden, at)
+        self.stale = torch.zeros_like(self.stale)
+
+    def remask(self, i, mask, later):
+        """What is masked in the next pass, (B, T) bool: what the plan has left, or behind it the worst."""
+        self.unknown = later
+        if self.remasks(i):
+            self.unknown = positions_to_remask(self.config, i, self.score, mask, self.free, *self.named)
+            if not self.planned(i):    # a finished sequence stays so, whatever the others do
+                self.unknown = self.unknown & mask.any(1, keepdim=True)
+        return self.unknown
+
+    def is_finished(self, i, remasked):
+        """Is nothing masked any more? While a plan is followed more is to come, and the device is not asked."""
+        if i + 1 < self.config.plan_passes:
+            return False
+        self.busy = remasked.any(1).nonzero()[:, 0]
+        return not len(self.busy)
 
 
 def decode_speculatively(model, x, free, plan, config, sequences, positions, on_pass, filler, wanted):
-    """decode_block where speculative.py writes everything: x (B, T) ids, [MASK] where free.
+    """decode_window where speculative.py writes everything: x (B, T) ids, [MASK] where free.
 
     ValueError for settings that it has no use for.
     """
@@ -297,8 +345,8 @@ def p_generated_of(model, x, free, hidden):
     return p
 
 
-def blocks(length, block_size):
-    """(start, end) of the blocks that cover a sequence; each overlaps the one before by a quarter or more."""
+def windows(length, block_size):
+    """(start, end) of the windows that cover a sequence; each overlaps the one before by a quarter or more."""
     spans = [(0, min(length, block_size))]
     while spans[-1][1] < length:
         end = min(length, spans[-1][1] + block_size - block_size // 4)
@@ -307,23 +355,23 @@ def blocks(length, block_size):
 
 
 def generate(model, x, free, config, sequences, on_pass=None, wanted=()):
-    """Fill the free positions of sequences of any length, in overlapping blocks, each given the end of the one before.
+    """Fill the free positions of sequences of any length, in overlapping windows, each given the end of the one before.
 
     x (B, L) ids, of which the free ones are ignored; free (B, L) bool; sequences (B,) int, their numbers for the noise;
-    on_pass, wanted: see decode_block. Returns Decoded, its counts summed over blocks.
+    on_pass, wanted: see decode_window. Returns Decoded, its counts summed over windows.
     """
     x, free, passes, waves = x.clone(), free.clone(), 0, 0
     judged = 'p_generated' in wanted and model.critic_head is not None
     p_generated = exact(torch.zeros_like(x)) if judged else None
     filler = make_filler(model, config)
-    for start, end in blocks(x.size(1), model.config.block_size):
+    for start, end in windows(x.size(1), model.config.block_size):
         part = slice(start, end)
         if not free[:, part].any():
             continue
-        block = decode_block(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass, filler,
+        done = decode_window(model, x[:, part], free[:, part], config, sequences, range(start, end), on_pass, filler,
                              wanted)
         if judged:
-            p_generated[:, part] = torch.where(free[:, part], block.p_generated, p_generated[:, part])
-        x[:, part], free[:, part] = block.x, False
-        passes, waves = passes + block.passes, waves + block.waves
+            p_generated[:, part] = torch.where(free[:, part], done.p_generated, p_generated[:, part])
+        x[:, part], free[:, part] = done.x, False
+        passes, waves = passes + done.passes, waves + done.waves
     return Decoded(x, p_generated, passes, waves)

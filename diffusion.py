@@ -14,7 +14,7 @@ import speculative
 from batches import Share, spread_choice, untaught
 from blocks import lay_out, views
 from critic import CriticExamples, critic_loss
-from decoding import decode_block, default_config
+from decoding import decode_window, default_config
 from likelihood import log_likelihood
 from metrics import area_under_roc, grid_error
 from noise import CRITIC, CRITIC_TEXT, HEADS, MASK_COUNTS, derive
@@ -152,7 +152,7 @@ def forward_blocks(trunk, model, x0, generator, share=None, seen=None, viewed=Tr
 
 
 class Given:
-    """A filler for decode_block that draws the tokens of a text: what the trunk then sees is as if they were drawn."""
+    """A filler for decode_window that draws the tokens of a text: what the trunk then sees is as if they were drawn."""
     reach = 0
 
     def __init__(self, text):
@@ -192,7 +192,7 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
 
     def decoded(filler=None):
         steps = []
-        decode_block(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append, filler,
+        decode_window(model, x0, mask, config, all_chosen[which].tolist(), range(x0.size(1)), steps.append, filler,
                      wanted=['hidden'])
         return steps
     steps = decoded()

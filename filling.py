@@ -24,8 +24,8 @@ def small_products(hidden):
         torch.backends.mkldnn.enabled = enabled
 
 
-class Naive:
-    """Fills every masked position from its own marginal; fill and rescore are as those of Wavefront."""
+class NaiveFiller:
+    """Fills every masked position from its own marginal; fill and rescore are as those of HeadFiller."""
     reach = 0    # a token's probability depends on no neighbour
 
     def __init__(self, model):
@@ -44,7 +44,7 @@ class Naive:
             return torch.cat([by(self.lm_head(hidden[now]), x[now]) for now in parts])
 
 
-class Wavefront:
+class HeadFiller:
     """Fills masked positions with the sampler head; what depends on weights alone is computed here, once.
 
     A view is what the trunk says of a position: its logits where they are fewer than the hidden state's channels, for
@@ -52,7 +52,7 @@ class Wavefront:
     a vocabulary of more than max_tabled tokens would fill the memory: they are multiplied out for the tokens at hand.
     """
     max_tabled = 8192
-    kept = None    # by of: a model, its weights' versions, its Wavefront
+    kept = None    # by of: a model, its weights' versions, its HeadFiller
 
     @torch.no_grad()
     def __init__(self, model):
@@ -83,7 +83,7 @@ class Wavefront:
 
     @classmethod
     def of(cls, model):
-        """The Wavefront of a model; that of the last model is kept while its weights are fixed and the same."""
+        """The HeadFiller of a model; that of the last model is kept while its weights are fixed and the same."""
         weights = list(model.parameters())
         if any(p.requires_grad for p in weights):
             return cls(model)

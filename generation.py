@@ -16,7 +16,7 @@ import signals
 from animate import PLACEHOLDER, Animation
 from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
 from choices import ANY_PASSES
-from decoding import blocks, default_config, default_ratios, generate, linear_ratios
+from decoding import default_config, default_ratios, generate, linear_ratios, windows
 from device import autocast, pick_dtype
 from distributed import share_of
 from errors import InputError
@@ -135,7 +135,7 @@ def load_judge(args, corpus, device):
 
 
 def record(step, i):
-    """What sequence i of a batch became in one pass, as --save writes it: plain values. step: see decode_block."""
+    """What sequence i of a batch became in one pass, as --save writes it: plain values. step: see decode_window."""
     names = {'xt': 'input_masked', 'x': 'output_unmasked', 'wave': 'wave', 'remask_score': 'remask_score'}
     per_token = {name: step[key] for key, name in names.items() if key in step}    # an animation needs no scores
     marked = {f'{name}_indices': (step[name][i].nonzero()[:, 0] + step['start']).tolist()
@@ -260,7 +260,7 @@ def generate_text(args, processes):
     trained = f'heads of iteration {saved["iter_num"]} on a finished trunk' if saved['config'].get('freeze_trunk') \
         else f'iteration {saved["iter_num"]}'
     print(f'{path}: {trained}, trained on {saved["corpus"]["name"]}; decoding '
-          f'{described(config, len(blocks(length, model.config.block_size)))}, {device}, {dtype}, seed {args.seed}')
+          f'{described(config, len(windows(length, model.config.block_size)))}, {device}, {dtype}, seed {args.seed}')
     for head in untrained_heads(saved):
         print(f'note: the {head} head had not begun to learn when this was saved; --disable-sampler decodes without it')
     if not free.any():
@@ -269,7 +269,7 @@ def generate_text(args, processes):
     # 2. decode
     numbers = processes.share(args.num_samples)
     n_batches = math.ceil(len(numbers) / args.batch_size)
-    n_passes = n_batches * len(blocks(length, model.config.block_size)) * config.passes
+    n_passes = n_batches * len(windows(length, model.config.block_size)) * config.passes
     args.no_progress = args.no_progress or not processes.master_process
     shown = args.animate and processes.master_process
     with signals.noted('this pass, with the samples that are done') as stop, \

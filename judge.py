@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import autoregressive
-from decoding import decode_block, default_config
+from decoding import decode_window, default_config
 from diffusion import draw_masks, spread_ratios
 from errors import InputError
 from metrics import rank_correlation
@@ -39,7 +39,7 @@ def make_examples(generator, x0, rng):
     config = default_config(generator, int(rng.choice(ITERATIONS)), prefix_only=blank,
                             use_sampler=generator.sampler_head is not None and bool(rng.integers(2)),
                             temperature=float(rng.uniform(*TEMPERATURES)), seed=int(rng.integers(2 ** 31)))
-    return decode_block(generator, x0, mask, config, range(B), range(T)).x, ~mask
+    return decode_window(generator, x0, mask, config, range(B), range(T)).x, ~mask
 
 
 def token_logits(trunk, model, x):

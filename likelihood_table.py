@@ -22,7 +22,7 @@ import results
 from device import autocast
 from errors import InputError
 from files import make_folder, require_file, write_atomically
-from filling import Wavefront
+from filling import HeadFiller
 from likelihood import log_likelihood
 from metrics import mean_error
 from plans import make_plan
@@ -68,7 +68,7 @@ def plan_of(model, name, passes, seed, sequences, device):
     T, first = model.config.block_size, None
     if name == 'wavefront':
         blank = torch.full((1, T), model.mask_id, device=device)
-        first = Wavefront(model).first(torch.ones_like(blank, dtype=torch.bool), model(blank))
+        first = HeadFiller(model).first(torch.ones_like(blank, dtype=torch.bool), model(blank))
     return make_plan(name, T, passes, seed, sequences, first, device=device)
 
 

@@ -103,7 +103,7 @@ def test_timing_parts_changes_no_token():
     with bench.parts_timed(clock):
         assert torch.equal(decoded(), plain)
     assert set(clock.seconds) == {'trunk', 'waves', 'checking', 'sampling'}
-    assert torch.equal(decoded(), plain) and bench.Wavefront.fill.__name__ == 'fill'
+    assert torch.equal(decoded(), plain) and bench.HeadFiller.fill.__name__ == 'fill'
 
 
 def test_what_a_part_calls_of_another_is_counted_once(monkeypatch):
@@ -116,8 +116,8 @@ def test_what_a_part_calls_of_another_is_counted_once(monkeypatch):
         inner()
     monkeypatch.setattr(bench.filling, 'sample', lambda: tick(1))
     for name in ('fill', 'correct'):
-        monkeypatch.setattr(bench.Wavefront, name, lambda self: tick(2, lambda: bench.filling.sample()))
-    clock, filler = timing.Clock('cpu'), object.__new__(bench.Wavefront)
+        monkeypatch.setattr(bench.HeadFiller, name, lambda self: tick(2, lambda: bench.filling.sample()))
+    clock, filler = timing.Clock('cpu'), object.__new__(bench.HeadFiller)
     with bench.parts_timed(clock):
         filler.fill()
         filler.correct()

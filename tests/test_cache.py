@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache import CachedTrunk
 from conftest import blank, read_block, tiny_model
-from decoding import DecoderConfig, decode_block
+from decoding import DecoderConfig, decode_window
 from likelihood import log_likelihood
 from plans import make_plan
 
@@ -65,7 +65,7 @@ def test_decoding_and_likelihood_are_those_without_cache(passes, n_given, monkey
 
     def both():
         config = DecoderConfig(plan='blocks', plan_passes=passes, mask_ratios=(0.3,), order='critic')
-        return decode_block(model, x, free, config, range(3), range(T), wanted=['p_generated']), \
+        return decode_window(model, x, free, config, range(3), range(T), wanted=['p_generated']), \
             log_likelihood(model, texts(), plan)
     decoded, likelihood = both()
     monkeypatch.setattr('model.CachedTrunk', Uncached)

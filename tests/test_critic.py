@@ -7,10 +7,10 @@ import decoding
 import diffusion
 from conftest import tiny_batch, tiny_model
 from critic import CriticExamples, critic_loss, remask_score
-from decoding import decode_block, default_config
+from decoding import decode_window, default_config
 from diffusion import critic_examples
 from noise import derive
-from filling import Wavefront
+from filling import HeadFiller
 
 
 def examples(model, iterations, seed=5, B=8, n_sequences=4):
@@ -33,7 +33,7 @@ def numbers_of(model, x0):
 def decoded(model, x0, free, config):
     """The passes of a decoding, as on_pass sees them."""
     steps = []
-    decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), steps.append, wanted=['hidden'])
+    decode_window(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), steps.append, wanted=['hidden'])
     return steps
 
 
@@ -115,8 +115,8 @@ def test_real_text_is_seen_as_if_the_decoder_had_drawn_it(kind, monkeypatch):
         assert torch.equal(real[0], x0) and checked.any() and not torch.equal(generated[1], real[1])
         return
     for name in ('fill', 'fill_from_left'):
-        plain = getattr(Wavefront, name)
-        monkeypatch.setattr(Wavefront, name, lambda self, xt, mask, *rest, plain=plain: drawn(
+        plain = getattr(HeadFiller, name)
+        monkeypatch.setattr(HeadFiller, name, lambda self, xt, mask, *rest, plain=plain: drawn(
             xt, mask, plain, self, *rest))
     monkeypatch.setattr(decoding, 'positions_to_remask', lambda *args: next(remasked))
     steps = decoded(model, x0, free, config)
@@ -134,7 +134,7 @@ def test_the_critic_is_shown_in_training_what_it_scores_in_decoding():
     generated, real, mask, x0, free, _ = examples(model, 1, seed)
     config = default_config(model, 1, prefix_only=bool(free.all()), revising=True, seed=derive(seed, 1))
     hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
-    decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), wanted=['p_generated'])
+    decode_window(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), wanted=['p_generated'])
     hook.remove()
     hidden, x, at, _ = seen[0]    # of the one pass of the decoder
     assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1])
@@ -149,7 +149,7 @@ def test_the_critic_is_shown_in_training_the_default_samples_that_it_scores():
     seen = []
     hook = model.critic_head.register_forward_pre_hook(lambda _, args: seen.append(args))
     config = default_config(model, 4, seed=derive(seed, 1))
-    made = decode_block(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), wanted=['p_generated'])
+    made = decode_window(model, x0, free, config, numbers_of(model, x0), range(x0.size(1)), wanted=['p_generated'])
     hook.remove()
     (hidden, x, at, _), = seen
     assert torch.equal(x, generated[0]) and torch.equal(hidden, generated[1]) and torch.equal(made.x, x)

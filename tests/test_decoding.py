@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from conftest import blank, masked_sequences, tiny_model
-from decoding import WANTED, DecoderConfig, blocks, decode_block, default_config, generate, linear_ratios
-from filling import Naive, Wavefront
+from decoding import WANTED, DecoderConfig, decode_window, default_config, generate, linear_ratios, windows
+from filling import NaiveFiller, HeadFiller
 from noise import margin, probability
 
 
@@ -18,10 +18,10 @@ def test_schedule_and_both_ends(iterations, expected):
 def test_the_default_takes_the_iterations_asked_for(iterations):
     model = tiny_model()
     assert default_config(model, iterations).passes == iterations
-    decoded = decode_block(model, *blank(model), default_config(model, iterations), range(3), range(24))
+    decoded = decode_window(model, *blank(model), default_config(model, iterations), range(3), range(24))
     assert 1 <= decoded.passes <= iterations, 'it may be done sooner'
     naive = default_config(model, iterations, use_sampler=False)
-    assert decode_block(model, *blank(model), naive, range(3), range(24)).passes == naive.passes == iterations
+    assert decode_window(model, *blank(model), naive, range(3), range(24)).passes == naive.passes == iterations
     assert default_config(model).order == 'critic' and default_config(model, use_sampler=False).order == 'confidence'
     assert not default_config(tiny_model(heads=False)).use_sampler
 
@@ -37,9 +37,9 @@ def spied(model, config):
     def spy(plain):
         return lambda self, xt, mask, *rest: fills.append((mask, len(passes))) or plain(self, xt, mask, *rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill', spy(Wavefront.fill))
-        patch.setattr(Wavefront, 'correct', spy(Wavefront.correct))
-        x = decode_block(model, *blank(model), config, range(3), range(24), steps.append).x
+        patch.setattr(HeadFiller, 'fill', spy(HeadFiller.fill))
+        patch.setattr(HeadFiller, 'correct', spy(HeadFiller.correct))
+        x = decode_window(model, *blank(model), config, range(3), range(24), steps.append).x
     hook.remove()
     return x, fills, steps
 
@@ -61,7 +61,7 @@ def test_corrections_resample_a_share_of_what_a_pass_filled_and_cost_no_pass(ord
 
 
 def test_temperature_goes_evenly_from_the_first_pass_to_the_last():
-    temperatures, plain, correct = [], Wavefront.fill, Wavefront.correct
+    temperatures, plain, correct = [], HeadFiller.fill, HeadFiller.correct
 
     def spy(plain):
         def fill(self, xt, mask, hidden, u, temperature, *rest):
@@ -70,10 +70,10 @@ def test_temperature_goes_evenly_from_the_first_pass_to_the_last():
         return fill
     model = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill', spy(plain))
-        patch.setattr(Wavefront, 'correct', spy(correct))
+        patch.setattr(HeadFiller, 'fill', spy(plain))
+        patch.setattr(HeadFiller, 'correct', spy(correct))
         config = DecoderConfig(temperature=0.8, end_temperature=0.2, mask_ratios=(0.5, 0.25), corrections=1)
-        decode_block(model, *blank(model), config, range(3), range(24))
+        decode_window(model, *blank(model), config, range(3), range(24))
     assert temperatures == pytest.approx([0.8, 0.8, 0.5, 0.5, 0.2, 0.2])
     to_zero = DecoderConfig(temperature=0.2, end_temperature=0.0, mask_ratios=(0.5,) * 3)
     assert to_zero.temperature_of(3) == 0.0    # 0.2 - 0.2 * 3 / 3 is below it
@@ -86,7 +86,7 @@ def test_naive_decoding_has_no_corrections():
 
     def run(n):
         config = DecoderConfig(use_sampler=False, mask_ratios=(0.5,), corrections=n)
-        return decode_block(model, *blank(model), config, range(3), range(24)).x
+        return decode_window(model, *blank(model), config, range(3), range(24)).x
     assert torch.equal(run(0), run(3))
 
 
@@ -99,7 +99,7 @@ def test_remask_score_is_that_of_the_present_neighbours(use_sampler, order, corr
     steps, views = [], [None]
     model.register_forward_hook(lambda _, args, hidden: views.append(hidden))
     config = DecoderConfig(use_sampler=use_sampler, order=order, mask_ratios=(0.5, 0.4, 0.3), corrections=corrections)
-    decode_block(model, *blank(model), config, range(3), range(24), steps.append, wanted=['hidden', 'remask_score'])
+    decode_window(model, *blank(model), config, range(3), range(24), steps.append, wanted=['hidden', 'remask_score'])
     everywhere = torch.ones(3, 24).bool().nonzero(as_tuple=True)
     with torch.no_grad():
         for step, hidden in zip(steps, views[1:]):
@@ -107,7 +107,7 @@ def test_remask_score_is_that_of_the_present_neighbours(use_sampler, order, corr
             seen = hidden if step['pass'] == 0 else torch.where(masked, hidden, seen)
             assert torch.equal(step['hidden'], seen)
             by = margin if order == 'margin' else probability
-            right = (Wavefront if use_sampler else Naive)(model).rescore(step['x'], everywhere, seen, by)
+            right = (HeadFiller if use_sampler else NaiveFiller)(model).rescore(step['x'], everywhere, seen, by)
             if order == 'critic':
                 logits = model.critic_head(seen, step['x'], everywhere, model.wte.weight).double()
                 right = right * torch.sigmoid(-logits)
@@ -124,7 +124,7 @@ def test_top_p_reaches_every_draw_of_a_decoding(use_sampler):
 
     def run(**changes):
         config = DecoderConfig(use_sampler=use_sampler, mask_ratios=(0.6, 0.3), corrections=2, **changes)
-        return decode_block(model, *blank(model), config, range(3), range(24)).x
+        return decode_window(model, *blank(model), config, range(3), range(24)).x
     assert torch.equal(run(top_p=1e-6), run(temperature=0.0))
     assert not torch.equal(run(top_p=1e-6), run()) and not torch.equal(run(top_p=0.5), run())
 
@@ -139,7 +139,7 @@ def test_naive_draws_lie_in_the_nucleus():
     drawn = {}
     for top_p in (1.0, 0.9):
         config = DecoderConfig(use_sampler=False, mask_ratios=(), top_p=top_p)
-        ids = decode_block(model, x, free, config, range(64), range(24)).x
+        ids = decode_window(model, x, free, config, range(64), range(24)).x
         drawn[top_p] = int(outside[torch.arange(24), ids].sum())
     assert drawn[0.9] == 0 < drawn[1.0] and max(len(ids[:, i].unique()) for i in range(24)) > 1
 
@@ -151,7 +151,7 @@ def decode(model, rows, order='confidence', **changes):
     _, xt, mask = masked_sequences()
     config = DecoderConfig(order=order, mask_ratios=tuple(linear_ratios(5, 0.8, 0.2)), randomness_strength=0.5,
                            corrections=1, remask_kept=0.2, **changes)    # in random order
-    return decode_block(model, xt[rows], mask[rows], config, rows, range(24)).x
+    return decode_window(model, xt[rows], mask[rows], config, rows, range(24)).x
 
 
 @pytest.mark.parametrize('order', ['confidence', 'margin', 'critic', 'random'])
@@ -171,8 +171,8 @@ def test_a_sequence_stops_alone_as_it_stops_in_company():
     _, xt, mask = masked_sequences()
     mask[0] = torch.arange(24) < 4
     config = DecoderConfig(mask_ratios=(0.03, 0.5, 0.5))
-    together = decode_block(model, xt, mask, config, range(6), range(24)).x
-    alone = decode_block(model, xt[:1], mask[:1], config, [0], range(24))
+    together = decode_window(model, xt, mask, config, range(6), range(24)).x
+    alone = decode_window(model, xt[:1], mask[:1], config, [0], range(24))
     assert alone.passes == 1 and torch.equal(alone.x[0], together[0])
 
 
@@ -198,7 +198,7 @@ def test_same_seed_same_tokens():
     model = tiny_model()
 
     def run(seed):
-        return decode_block(model, *blank(model), DecoderConfig(seed=seed), range(3), range(24)).x
+        return decode_window(model, *blank(model), DecoderConfig(seed=seed), range(3), range(24)).x
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
 
@@ -208,7 +208,7 @@ def test_naive_and_wavefront_draw_with_the_same_noise():
     steps, x = [], {}
     for use_sampler in (True, False):
         config = DecoderConfig(use_sampler=use_sampler, mask_ratios=())
-        x[use_sampler] = decode_block(model, *blank(model), config, range(3), range(24), steps.append).x
+        x[use_sampler] = decode_window(model, *blank(model), config, range(3), range(24), steps.append).x
     first = steps[0]['wave'] == 0
     assert first.sum() == 21 and torch.equal(x[True][first], x[False][first]) and not torch.equal(x[True], x[False])
 
@@ -217,9 +217,9 @@ def test_naive_and_wavefront_draw_with_the_same_noise():
 # blocks
 
 def test_blocks_cover_and_overlap():
-    assert blocks(10, 16) == [(0, 10)] and blocks(16, 16) == [(0, 16)]
-    assert blocks(40, 16) == [(0, 16), (12, 28), (24, 40)]
-    assert blocks(17, 16) == [(0, 16), (1, 17)]
+    assert windows(10, 16) == [(0, 10)] and windows(16, 16) == [(0, 16)]
+    assert windows(40, 16) == [(0, 16), (12, 28), (24, 40)]
+    assert windows(17, 16) == [(0, 16), (1, 17)]
 
 
 def test_long_sequences_keep_given_text_and_fill_the_rest():
@@ -230,7 +230,7 @@ def test_long_sequences_keep_given_text_and_fill_the_rest():
     config = DecoderConfig(mask_ratios=(0.5, 0.3))
     decoded = generate(model, x, free, config, range(2), wanted=['p_generated'])
     assert decoded.x[:, 30:33].tolist() == [[1, 2, 3]] * 2 and (decoded.x < model.mask_id).all()
-    assert decoded.passes == 3 * len(blocks(60, 24))
+    assert decoded.passes == 3 * len(windows(60, 24))
     assert (decoded.p_generated[:, 30:33] == 0).all() and (decoded.p_generated[free] > 0).all()
     assert torch.equal(decoded.x[1:], generate(model, x[1:], free[1:], config, [1]).x)
 
@@ -244,7 +244,7 @@ def test_the_trunk_reads_the_sequences_that_have_masks():
     model.register_forward_hook(lambda _, args, hidden: rows.append(len(hidden)))
     _, xt, mask = masked_sequences()
     mask[0] = torch.arange(24) < 4
-    decode_block(model, xt, mask, DecoderConfig(mask_ratios=(0.03, 0.5)), range(6), range(24))
+    decode_window(model, xt, mask, DecoderConfig(mask_ratios=(0.03, 0.5)), range(6), range(24))
     assert rows[0] == 6 and rows[1] < 6 and len(rows) == 3
 
 
@@ -256,14 +256,14 @@ def test_what_is_decoded_does_not_depend_on_who_listens(plan, ratios, order):
     model = tiny_model()
     passes = 1 if plan == 'left-to-right' else 3
     config = DecoderConfig(plan=plan, plan_passes=passes, mask_ratios=ratios, order=order)
-    alone = decode_block(model, *blank(model), config, range(3), range(24))
-    heard = decode_block(model, *blank(model), config, range(3), range(24), lambda step: None, wanted=WANTED)
+    alone = decode_window(model, *blank(model), config, range(3), range(24))
+    heard = decode_window(model, *blank(model), config, range(3), range(24), lambda step: None, wanted=WANTED)
     assert torch.equal(alone.x, heard.x) and alone.p_generated is None and (heard.p_generated > 0).all()
 
 
 def test_the_recurrent_state_has_read_corrected_tokens(monkeypatch):
     """Carried on from the draw before the corrections it had read tokens that were gone: 176 of 256 came out others."""
-    model, plain, compared = tiny_model(), Wavefront.fill_from_left, []
+    model, plain, compared = tiny_model(), HeadFiller.fill_from_left, []
 
     def fill_from_left(self, xt, mask, hidden, last, lanes, u, temperature, top_p, state=None):
         if state is not None:
@@ -271,10 +271,10 @@ def test_the_recurrent_state_has_read_corrected_tokens(monkeypatch):
             torch.testing.assert_close(state, read, atol=1e-10, rtol=0)
         compared.append(state is not None)
         return plain(self, xt, mask, hidden, last, lanes, u, temperature, top_p, state)
-    monkeypatch.setattr(Wavefront, 'fill_from_left', fill_from_left)
+    monkeypatch.setattr(HeadFiller, 'fill_from_left', fill_from_left)
     for corrections in (0, 2):
         config = DecoderConfig(plan='blocks', plan_passes=4, mask_ratios=(), corrections=corrections)
-        decode_block(model, *blank(model), config, range(3), range(24))
+        decode_window(model, *blank(model), config, range(3), range(24))
     assert len(compared) == 8 and any(compared)
 
 
@@ -285,7 +285,7 @@ def test_a_plan_of_its_own_does_not_depend_on_the_batch(plan):
     x, free = blank(model, B=8)
     x[:, 4:], free[:, 4:] = 3, False
     config = DecoderConfig(plan=plan, plan_passes=4, mask_ratios=(0.5, 0.5))
-    together = decode_block(model, x, free, config, range(8), range(24)).x
+    together = decode_window(model, x, free, config, range(8), range(24)).x
     for i in range(8):
-        alone = decode_block(model, x[i:i + 1], free[i:i + 1], config, [i], range(24)).x
+        alone = decode_window(model, x[i:i + 1], free[i:i + 1], config, [i], range(24)).x
         assert torch.equal(alone[0], together[i])

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import speculative
 from conftest import blank, tiny_model
 from critic import CriticHead
-from decoding import DecoderConfig, decode_block, default_config
-from filling import Wavefront
+from decoding import DecoderConfig, decode_window, default_config
+from filling import HeadFiller
 
 T = 24
 WAITS = ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique', '_unique2', 'unique_dim', 'item', 'is_nonzero',
@@ -69,7 +69,7 @@ class Copies(TorchFunctionMode):
 
 def calls(model, config, length=T):
     with Calls() as found:
-        decode_block(model, *blank(model, 3, length), config, range(3), range(length))
+        decode_window(model, *blank(model, 3, length), config, range(3), range(length))
     return found
 
 
@@ -93,7 +93,7 @@ def test_a_pass_of_ancestral_decoding_waits_for_nothing(plan, max_tabled, monkey
     """However many passes there are and however long the text is, the host waits equally often: before the first pass,
     when the plan is made, and after the last one. A large vocabulary (no tables) too.
     """
-    monkeypatch.setattr(Wavefront, 'max_tabled', max_tabled)
+    monkeypatch.setattr(HeadFiller, 'max_tabled', max_tabled)
     model = tiny_model()
     passes = (1, 3, 12) if plan == 'blocks' else (1,)
     waits = [calls(model, DecoderConfig(plan=plan, plan_passes=n, mask_ratios=()), length).waits
@@ -103,7 +103,7 @@ def test_a_pass_of_ancestral_decoding_waits_for_nothing(plan, max_tabled, monkey
 
 def test_filling_from_left_to_right_never_waits():
     model = tiny_model()
-    plain, found = Wavefront.fill_from_left, []
+    plain, found = HeadFiller.fill_from_left, []
 
     def fill_from_left(*args):
         with Calls() as calls:
@@ -111,9 +111,9 @@ def test_filling_from_left_to_right_never_waits():
         found.append(calls.waits)
         return result
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
+        patch.setattr(HeadFiller, 'fill_from_left', fill_from_left)
         config = default_config(model, 4, plan='blocks')
-        decode_block(model, *blank(model), config, range(3), range(T))
+        decode_window(model, *blank(model), config, range(3), range(T))
     assert found == [0] * 4
 
 
@@ -123,7 +123,7 @@ def test_a_speculative_pass_waits_once(monkeypatch):
     for passes in (2, 3, 4):
         config = DecoderConfig(plan='speculative', plan_passes=passes, mask_ratios=())
         with Calls() as calls:
-            assert decode_block(model, *blank(model), config, range(3), range(T)).passes == passes
+            assert decode_window(model, *blank(model), config, range(3), range(T)).passes == passes
         waits.append(calls.waits)
     assert waits[1] - waits[0] == waits[2] - waits[1] == 1
 
@@ -135,8 +135,8 @@ def test_a_gpu_is_never_waited_for(plan, passes):
     model = tiny_model().float().cuda()
     x, free = (z.cuda() for z in blank(model))
     config = DecoderConfig(plan=plan, plan_passes=passes, mask_ratios=())
-    plain = Wavefront.fill_from_left
-    expected = decode_block(model, x, free, config, range(3), range(T)).x
+    plain = HeadFiller.fill_from_left
+    expected = decode_window(model, x, free, config, range(3), range(T)).x
 
     def fill_from_left(*args):
         torch.cuda.set_sync_debug_mode('error')    # until the last pass is over
@@ -146,9 +146,9 @@ def test_a_gpu_is_never_waited_for(plan, passes):
         if step['pass'] == passes - 1:
             torch.cuda.set_sync_debug_mode('default')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
+        patch.setattr(HeadFiller, 'fill_from_left', fill_from_left)
         try:
-            decoded = decode_block(model, x, free, config, range(3), range(T), on_pass)
+            decoded = decode_window(model, x, free, config, range(3), range(T), on_pass)
         finally:
             torch.cuda.set_sync_debug_mode('default')
     assert torch.equal(decoded.x, expected)
@@ -157,7 +157,7 @@ def test_a_gpu_is_never_waited_for(plan, passes):
 @pytest.mark.parametrize('max_tabled', [8192, 0])
 def test_a_step_is_few_operations(max_tabled, monkeypatch):
     """Each further position costs a fixed number of kernels; 37 when each step gathered its neighbours."""
-    monkeypatch.setattr(Wavefront, 'max_tabled', max_tabled)
+    monkeypatch.setattr(HeadFiller, 'max_tabled', max_tabled)
     views = ('view', '_unsafe_view', 'select', 'slice', 'split', 'unbind', 't.', 'transpose', 'unsqueeze', 'squeeze',
              'expand', 'detach', 'alias', 'permute', '_reshape_alias', 'split_with_sizes', 'scalar_tensor',
              'narrow', 'chunk', 'to.dtype')
@@ -179,10 +179,10 @@ def counted(function, name, calls):
 def test_what_nobody_wants_is_not_computed(wanted, rescored, judged, monkeypatch):
     """Every pass rescored all tokens, ran the critic and copied the trunk's view for whoever wanted to count passes."""
     model, calls, steps = tiny_model(), collections.Counter(), []
-    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
+    for owner, name in ((HeadFiller, 'rescore'), (CriticHead, 'forward')):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), name, calls))
     config = DecoderConfig(plan='blocks', plan_passes=4, mask_ratios=(), order='critic')
-    decode_block(model, *blank(model), config, range(3), range(24), steps.append, wanted=wanted)
+    decode_window(model, *blank(model), config, range(3), range(24), steps.append, wanted=wanted)
     assert calls['rescore'] == rescored and calls['forward'] == judged
     told = {'pass', 'start', 'xt', 'x', 'wave', 'remasked', 'corrected', *wanted} - {'p_generated'}
     assert len(steps) == 4 and set(steps[0]) == told

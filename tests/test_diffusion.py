@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import diffusion
 from conftest import tiny_batch, tiny_model
-from decoding import DecoderConfig, decode_block
+from decoding import DecoderConfig, decode_window
 from diffusion import beta_ratios, mask_exactly, mask_tokens, spread_ratios
 from model import GPT, GPTConfig
 
@@ -141,7 +141,7 @@ def test_one_wavefront_pass_reproduces_pair_frequencies(chain_model):
     shares = {}
     for use_sampler in (True, False):
         config = DecoderConfig(use_sampler=use_sampler, mask_ratios=())
-        decoded = decode_block(chain_model, x, x == LETTERS, config, range(200), range(T))
+        decoded = decode_window(chain_model, x, x == LETTERS, config, range(200), range(T))
         assert decoded.passes == 1
         shares[use_sampler] = (decoded.x[:, 1:] == decoded.x[:, :-1]).float().mean().item()
         letters = decoded.x.flatten().bincount(minlength=LETTERS) / decoded.x.numel()

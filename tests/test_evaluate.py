@@ -15,7 +15,7 @@ import metrics
 import recipes
 import report
 from conftest import NO_HEADS
-from decoding import DecoderConfig, decode_block, linear_ratios
+from decoding import DecoderConfig, decode_window, linear_ratios
 from errors import InputError
 
 T, LETTERS = 48, 3
@@ -97,7 +97,7 @@ def test_a_decoder_known_to_be_wrong_scores_worse():
     def decode(passes):
         ratios = tuple(recipes.mask_ratios('even', passes))
         config = DecoderConfig(use_sampler=False, order='random', mask_ratios=ratios)
-        decoded = decode_block(model, x, x == LETTERS, config, range(24), range(T))
+        decoded = decode_window(model, x, x == LETTERS, config, range(24), range(T))
         return metrics.mean_error(evaluator_nll(decoded.x).tolist())
     (wrong, wrong_error), (exact, exact_error) = decode(1), decode(T)
     assert abs(exact - entropy_per_token()[1]) < 4 * exact_error

@@ -9,7 +9,7 @@ import torch
 
 import gap_table
 from conftest import tiny_model
-from decoding import DecoderConfig, decode_block
+from decoding import DecoderConfig, decode_window
 from likelihood import log_likelihood
 from plans import Plan, make_plan
 from sampler import wave_numbers
@@ -35,7 +35,7 @@ def test_fillings_have_the_likelihood_that_is_claimed(name, passes, use_sampler)
     sequences = range(n)
     plan = make_plan(name, T, passes, seed, sequences, free=FREE.expand(n, -1))
     with torch.no_grad():
-        found = decode_block(model, GIVEN.repeat(n, 1), FREE.repeat(n, 1), config, sequences, range(T)).x
+        found = decode_window(model, GIVEN.repeat(n, 1), FREE.repeat(n, 1), config, sequences, range(T)).x
         expected = np.zeros(V ** 3)
         kinds, number = torch.cat((plan.pass_of, plan.wave_of), 1).unique(dim=0, return_counts=True)
         for kind, times in zip(kinds, number.tolist()):    # random plans differ from sequence to sequence
@@ -78,7 +78,7 @@ def test_a_gap_depends_on_no_other_and_no_pass_is_made_in_vain(name, passes, mad
                          [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0], [0] * 12]).bool()
     x = torch.randint(V, free.shape, generator=torch.Generator().manual_seed(1))
     config = DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=(), seed=1)
-    decode = lambda rows: decode_block(model.double(), x[rows], free[rows], config, rows, range(12))
+    decode = lambda rows: decode_window(model.double(), x[rows], free[rows], config, rows, range(12))
     together = decode([0, 1, 2, 3])
     for row in range(3):
         alone = decode([row])

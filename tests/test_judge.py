@@ -10,7 +10,7 @@ import judge
 import trunk
 from configurator import read_file
 from conftest import ROOT, TINY, tiny_model
-from filling import Wavefront
+from filling import HeadFiller
 
 
 def text(B=16, T=24):
@@ -20,7 +20,7 @@ def text(B=16, T=24):
 def always(monkeypatch, token):
     """The decoder knows one token."""
     one_hot = torch.nn.functional.one_hot(torch.tensor([token]), 11).float() * 99
-    monkeypatch.setattr(Wavefront, 'logits', lambda self, view, *rest: one_hot.expand(len(view), -1))
+    monkeypatch.setattr(HeadFiller, 'logits', lambda self, view, *rest: one_hot.expand(len(view), -1))
 
 
 def test_examples_are_real_in_part_in_whole_and_not_at_all():
@@ -50,11 +50,11 @@ def test_a_token_that_the_decoder_got_right_is_still_generated(monkeypatch):
 
 def test_examples_come_from_the_shipped_decoder(monkeypatch):
     """Its own defaults, in as many iterations as users run, with and without the sampler head, cool and hot."""
-    seen, decode_block = [], judge.decode_block
+    seen, decode_window = [], judge.decode_window
     def watch(model, x, free, config, *args):
         seen.append((config, free))
-        return decode_block(model, x, free, config, *args)
-    monkeypatch.setattr(judge, 'decode_block', watch)
+        return decode_window(model, x, free, config, *args)
+    monkeypatch.setattr(judge, 'decode_window', watch)
     generator = tiny_model()
     for seed in range(24):
         judge.make_examples(generator, text(4), np.random.default_rng(seed))

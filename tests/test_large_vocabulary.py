@@ -10,7 +10,7 @@ from conftest import ROOT
 DECODE = '''
 import time
 import torch
-from decoding import DecoderConfig, decode_block, default_config
+from decoding import DecoderConfig, decode_window, default_config
 from model import GPT, GPTConfig
 from timing import peak_memory
 
@@ -36,7 +36,7 @@ for name, free, config in (
         ('speculative', behind, default_config(model, 4))):
     clock = time.time()
     assert config.plan == (name if name in ('blocks', 'speculative') else 'wavefront')
-    decoded = decode_block(model, x, free, config, range(64), range(256), wanted=['p_generated'])
+    decoded = decode_window(model, x, free, config, range(64), range(256), wanted=['p_generated'])
     assert (decoded.x < 50257).all() and torch.equal(decoded.x[~free], x[~free])
     assert (decoded.p_generated[free] > 0).all()
     print(f'{name} {peak() - before:.3f} {time.time() - clock:.1f}')

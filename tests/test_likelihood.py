@@ -8,7 +8,7 @@ import torch
 
 import decoding
 from conftest import tiny_model
-from decoding import DecoderConfig, decode_block
+from decoding import DecoderConfig, decode_window
 from diffusion import validate
 from likelihood import log_likelihood
 from plans import Plan, make_plan
@@ -29,12 +29,12 @@ def all_texts():
 
 
 def plan_for(model, name, passes, B=1):
-    """The plan that decode_block follows for sequence 0 of the default seed, which every text is given here."""
+    """The plan that decode_window follows for sequence 0 of the default seed, which every text is given here."""
     first = None
     if name == 'wavefront':
-        from filling import Wavefront
+        from filling import HeadFiller
         blank = torch.full((1, T), model.mask_id)
-        first = Wavefront(model).first(torch.ones_like(blank).bool(), model(blank))
+        first = HeadFiller(model).first(torch.ones_like(blank).bool(), model(blank))
     return make_plan(name, T, passes, sequences=[0], first=first)
 
 
@@ -81,7 +81,7 @@ def decode_like_sequence_0(model, x, config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, 'make_plan', lambda name, length, passes, seed, sequences, **kw:
                       make_plan(name, length, passes, seed, [0] * len(sequences), **kw))
-        return decode_block(model, x, x == model.mask_id, config, range(len(x)), range(T)).x
+        return decode_window(model, x, x == model.mask_id, config, range(len(x)), range(T)).x
 
 
 @pytest.mark.parametrize('name, passes', PLANS)

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 import filling
 import sampler
 from conftest import blank, masked_sequences, tiny_batch, tiny_model
-from decoding import DecoderConfig, decode_block
+from decoding import DecoderConfig, decode_window
 from diffusion import forward_blocks
 from likelihood import log_likelihood
 from plans import make_plan
-from filling import Wavefront
+from filling import HeadFiller
 from sampler import sampler_examples, sampler_loss
 
 T = 24
@@ -26,12 +26,12 @@ def config_of(name, passes, **changes):
 
 
 def shown_in_decoding(model, x, free, config):
-    """What the head's first layer has when decode_block fills from left to right, and its text.
+    """What the head's first layer has when decode_window fills from left to right, and its text.
 
     Returns {(sequence, position): (view, features, projected)} of each position's first time, and x (B, T). The view is
     logits, features are the sum of all that the head sees, and projected is the part of it that no token decides.
     """
-    found, at, plain, plain_logits = {}, [], Wavefront.fill_from_left, Wavefront.logits
+    found, at, plain, plain_logits = {}, [], HeadFiller.fill_from_left, HeadFiller.logits
 
     def fill_from_left(self, xt, mask, hidden, last, lanes, *rest):
         for t in range(1, max(lane.end - lane.start for lane in lanes)):    # the first is not the head's
@@ -46,9 +46,9 @@ def shown_in_decoding(model, x, free, config):
                 found.setdefault(place, (view[n].clone(), features[n].clone(), projected))
         return plain_logits(self, view, features)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill_from_left', fill_from_left)
-        patch.setattr(Wavefront, 'logits', logits)
-        decoded = decode_block(model, x, free, config, range(len(x)), range(x.size(1)))
+        patch.setattr(HeadFiller, 'fill_from_left', fill_from_left)
+        patch.setattr(HeadFiller, 'logits', logits)
+        decoded = decode_window(model, x, free, config, range(len(x)), range(x.size(1)))
     assert not at
     return found, decoded.x
 
@@ -178,7 +178,7 @@ def decode_rows(model, rows, name, passes, same_start):
         mask[0, :5], xt[0, :5] = False, 3
         mask[1:, 0], xt[1:, 0] = True, model.mask_id
     config = config_of(name, passes, mask_ratios=(0.5, 0.3), corrections=1, randomness_strength=0.5)
-    return decode_block(model, xt[rows], mask[rows], config, rows, range(T)).x
+    return decode_window(model, xt[rows], mask[rows], config, rows, range(T)).x
 
 
 @pytest.mark.parametrize('name, passes', PLANS)
@@ -212,7 +212,7 @@ def test_a_large_vocabulary_is_filled_alike_piece_by_piece(name, passes, monkeyp
     def decode():
         return decode_rows(model, [0, 1, 2, 3, 4, 5], name, passes, True)
     whole = decode()
-    monkeypatch.setattr(Wavefront, 'max_tabled', 0)
+    monkeypatch.setattr(HeadFiller, 'max_tabled', 0)
     assert torch.equal(decode(), whole)
     monkeypatch.setattr('noise.MAX_LOGITS', 3 * 12)    # three positions at a time
     assert torch.equal(decode(), whole)
@@ -225,7 +225,7 @@ def test_views_of_earlier_blocks_are_kept():
     The views of finished blocks became zeros with every further block, and with them what is remasked.
     """
     model, steps = tiny_model(), []
-    decode_block(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append,
+    decode_window(model, *blank(model), config_of('blocks', 3, mask_ratios=(0.4,)), range(3), range(T), steps.append,
                  wanted=['hidden', 'remask_score'])
     assert len(steps) == 4
     everywhere = torch.ones(3, T).bool().nonzero(as_tuple=True)
@@ -235,7 +235,7 @@ def test_views_of_earlier_blocks_are_kept():
         seen = torch.where(now, step['hidden'], seen)
         torch.testing.assert_close(step['hidden'], seen, atol=0, rtol=0)
     with torch.no_grad():
-        right = Wavefront(model).rescore(steps[2]['x'], everywhere, seen).view(3, T)
+        right = HeadFiller(model).rescore(steps[2]['x'], everywhere, seen).view(3, T)
     torch.testing.assert_close(steps[2]['remask_score'], 1 - right, atol=1e-5, rtol=0)
 
 
@@ -245,7 +245,7 @@ def test_only_what_begins_from_nothing_is_drawn_at_temperature_one(monkeypatch):
     monkeypatch.setattr(filling, 'sample', lambda logits, u, heat, top_p: heats.append(heat) or plain(
         logits, u, heat, top_p))
     model = tiny_model()
-    decode_block(model, *blank(model), config_of('blocks', 2, temperature=0.5), range(3), range(T))
+    decode_window(model, *blank(model), config_of('blocks', 2, temperature=0.5), range(3), range(T))
     assert heats == [1.0] + [0.5] * 23
 
 
@@ -255,7 +255,7 @@ def test_what_a_plan_has_filled_is_revised(length, n_given, passes):
     model = tiny_model()
     x, free = blank(model, 3, length)
     x[:, length - n_given:], free[:, length - n_given:] = 3, False
-    once, revised = (decode_block(model, x, free, config_of('blocks', passes, mask_ratios=ratios), range(3),
+    once, revised = (decode_window(model, x, free, config_of('blocks', passes, mask_ratios=ratios), range(3),
                                   range(length)).x for ratios in ((), (0.5, 0.5)))
     assert (once < model.mask_id).all() and not torch.equal(once, revised)
 

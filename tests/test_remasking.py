@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import blank, tiny_model
-from decoding import DecoderConfig, decode_block, positions_to_remask
+from decoding import DecoderConfig, decode_window, positions_to_remask
 from noise import ORDER, gumbel, margin, uniform
 
 
@@ -67,7 +67,7 @@ def test_the_margin_goes_by_the_distribution_and_not_by_the_token():
         steps, config = [], DecoderConfig(use_sampler=False, order=order, mask_ratios=(0.5,))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr('filling.sample', lambda logits, u, *_: torch.tensor([0, 1])[-len(u):])
-            decode_block(model, x, free, config, [0], range(2), steps.append, wanted=['remask_score'])
+            decode_window(model, x, free, config, [0], range(2), steps.append, wanted=['remask_score'])
         assert steps[0]['remasked'].tolist() == [[worst == 0, worst == 1]]
     assert margin(p[0].log()).tolist() == pytest.approx([0, 0.9 - 0.01], abs=1e-6)
 
@@ -129,7 +129,7 @@ def test_threshold_never_touches_what_was_kept_where_revise_is_off():
     for revise in (True, False):
         steps = []
         config = DecoderConfig(threshold=0.5, revise=revise, mask_ratios=(0.5,) * 7)
-        decode_block(model, *blank(model), config, range(3), range(24), steps.append)
+        decode_window(model, *blank(model), config, range(3), range(24), steps.append)
         assert len(steps) > 2
         masks = [step['xt'] == model.mask_id for step in steps]
         remasked_again[revise] = sum(int((later & ~mask).sum()) for mask, later in zip(masks, masks[1:]))
@@ -139,4 +139,4 @@ def test_threshold_never_touches_what_was_kept_where_revise_is_off():
 def test_threshold_stops_early_when_no_score_is_above_it():
     model = tiny_model()
     config = DecoderConfig(threshold=1.0, mask_ratios=(0.5,) * 9)
-    assert decode_block(model, *blank(model), config, range(3), range(24)).passes == 1
+    assert decode_window(model, *blank(model), config, range(3), range(24)).passes == 1

@@ -10,7 +10,7 @@ import torch
 import sample_simple
 from conftest import NO_HEADS, TINY
 from critic import CriticHead
-from filling import Wavefront
+from filling import HeadFiller
 
 
 def samples(out):
@@ -136,7 +136,7 @@ def test_saved_steps_tell_which_tokens_were_corrected(sample, tmp_path):
 def test_only_what_the_flags_show_is_computed(sample, tmp_path, monkeypatch, flags, rescored, judged):
     """Four passes in blocks: scores are made after each of them to be saved, quality once; a bar needs neither."""
     calls = collections.Counter()
-    for owner, name in ((Wavefront, 'rescore'), (CriticHead, 'forward')):
+    for owner, name in ((HeadFiller, 'rescore'), (CriticHead, 'forward')):
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, plain=plain, name=name: calls.update([name]) or plain(*args))
     flags = [tmp_path / flag if flag == 'o.json' else flag for flag in flags]

@@ -1,13 +1,15 @@
 """Wavefront filling: what the head sees, when a position is filled, and that fast code does what plain code does."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import filling
 from conftest import blank, masked_sequences, tiny_model
-from decoding import DecoderConfig, decode_block
+from decoding import DecoderConfig, decode_window
 from noise import sample, uniform
-from filling import Wavefront
+from filling import HeadFiller
 from sampler import first_positions, known_neighbors, pad, wave_numbers
 
 
@@ -67,7 +69,7 @@ def test_fast_wavefront_equals_plain_loop(ratio):
         _, xt, mask = masked_sequences(seed=seed)
         u = uniform(seed, 0, range(6), 0, range(24))
         with torch.no_grad():
-            hidden, filler = model(xt), Wavefront(model)
+            hidden, filler = model(xt), HeadFiller(model)
             x, wave, steps = filler.fill(xt, mask, hidden, u, 1.0, 1.0)
             prob = torch.ones(6, 24, dtype=torch.float64)
             at = mask.nonzero(as_tuple=True)
@@ -92,7 +94,7 @@ def test_fast_corrections_equal_a_plain_loop():
             for b, i in mask.nonzero().tolist():
                 if i % 2 == parity:
                     plain[b, i] = sample(logits_at(before, b, i)[None], u[b, i][None], 0.8, 0.95)[0]
-        fast, wave, steps = Wavefront(model).correct(x, mask, hidden, u, 0.8, 0.95)
+        fast, wave, steps = HeadFiller(model).correct(x, mask, hidden, u, 0.8, 0.95)
         assert torch.equal(fast, plain) and not torch.equal(fast, x) and steps == 2
         assert torch.equal(fast[~mask], x[~mask]) and torch.equal(wave, mask * (torch.arange(24) % 2))
 
@@ -100,16 +102,16 @@ def test_fast_corrections_equal_a_plain_loop():
 def test_tables_are_made_once_for_fixed_weights_and_never_stale():
     """Kept from one decoding to the next; made anew for a model in training, and when other weights are loaded."""
     model, other = tiny_model(), tiny_model(seed=1)
-    assert Wavefront.of(model) is not Wavefront.of(model), 'weights that learn may change in ways nobody notices'
+    assert HeadFiller.of(model) is not HeadFiller.of(model), 'weights that learn may change in ways nobody notices'
     model.requires_grad_(False)
-    kept = Wavefront.of(model)
-    assert Wavefront.of(model) is kept
+    kept = HeadFiller.of(model)
+    assert HeadFiller.of(model) is kept
     model.load_state_dict(other.state_dict())
-    loaded = Wavefront.of(model)
-    assert loaded is not kept and torch.equal(loaded.near, Wavefront(other).near)
-    assert Wavefront.of(model) is loaded
-    assert Wavefront.of(model.float()).near.dtype == torch.float32
-    assert Wavefront.of(other.requires_grad_(False)).head is other.sampler_head
+    loaded = HeadFiller.of(model)
+    assert loaded is not kept and torch.equal(loaded.near, HeadFiller(other).near)
+    assert HeadFiller.of(model) is loaded
+    assert HeadFiller.of(model.float()).near.dtype == torch.float32
+    assert HeadFiller.of(other.requires_grad_(False)).head is other.sampler_head
 
 
 def test_tables_of_some_tokens_equal_the_whole_ones():
@@ -138,7 +140,7 @@ def test_an_empty_wave_is_not_counted():
         mask[0, list(masked)] = True
         xt = torch.where(mask, model.mask_id, x0)
         with torch.no_grad():
-            _, wave, made = Wavefront(model).fill(xt, mask, model(xt), uniform(0, 0, [0], 0, range(24)), 1.0, 1.0)
+            _, wave, made = HeadFiller(model).fill(xt, mask, model(xt), uniform(0, 0, [0], 0, range(24)), 1.0, 1.0)
         assert made == (wave.max() + 1 if steps is None else steps), 'a blank sequence alone has a wave 0'
 
 
@@ -160,7 +162,7 @@ def test_a_changed_neighbour_changes_the_logits(offset):
     projected = model.sampler_head.local.hidden_proj(hidden)
 
     def logits(x):
-        filler = Wavefront(model)
+        filler = HeadFiller(model)
         features = filler.features(projected, filler.around(pad(x, 2, model.mask_id), at))
         return filler.logits(filler.view(hidden), features)
     changed, centre = x.clone(), x.clone()
@@ -176,7 +178,7 @@ def test_known_neighbors_are_what_filling_shows():
     _, xt, mask = masked_sequences()
     seen = {}
     with torch.no_grad():
-        hidden, filler = model(xt), Wavefront(model)
+        hidden, filler = model(xt), HeadFiller(model)
         plain, offsets = filler.around, model.sampler_head.local.offsets
 
         def spy(x, at):
@@ -213,7 +215,7 @@ def test_blank_sequences_begin_at_temperature_one():
     for temperature in (1.0, 1e-3, 0.0):
         steps = []
         config = DecoderConfig(temperature=temperature, mask_ratios=())
-        decode_block(model, x, free, config, range(64), range(24), steps.append)
+        decode_window(model, x, free, config, range(64), range(24), steps.append)
         firsts.append(steps[0]['x'][steps[0]['wave'] == 0])
     assert torch.equal(firsts[0], firsts[1]) and firsts[1].unique().numel() > 1 == firsts[2].unique().numel()
 
@@ -223,8 +225,9 @@ def test_the_temperature_asked_for_is_that_of_every_position_of_a_plan(plan):
     """Half of an interleaved text, whose positions have no known neighbour when they are filled, had temperature 1."""
     model = tiny_model()
     x, free = blank(model, 8)
-    almost, none = (decode_block(model, x, free, DecoderConfig(plan=plan, plan_passes=4, mask_ratios=(), temperature=t),
-                                 range(8), range(24)).x for t in (1e-5, 0.0))
+    config = DecoderConfig(plan=plan, plan_passes=4, mask_ratios=())
+    almost, none = (decode_window(model, x, free, replace(config, temperature=temperature), range(8), range(24)).x
+                    for temperature in (1e-5, 0.0))
     assert torch.equal(almost, none)
 
 
@@ -235,9 +238,9 @@ def test_a_large_vocabulary_is_filled_alike_piece_by_piece(monkeypatch):
 
     def decode():
         config = DecoderConfig(order='critic', mask_ratios=(0.6, 0.3), corrections=1)
-        return decode_block(model, xt, mask, config, range(6), range(24)).x
+        return decode_window(model, xt, mask, config, range(6), range(24)).x
     whole = decode()
-    monkeypatch.setattr(Wavefront, 'max_tabled', 0)
+    monkeypatch.setattr(HeadFiller, 'max_tabled', 0)
     assert torch.equal(decode(), whole)
     monkeypatch.setattr('noise.MAX_LOGITS', 3 * 12)    # three positions at a time
     assert torch.equal(decode(), whole)

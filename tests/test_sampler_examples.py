@@ -4,8 +4,8 @@ import torch
 
 import diffusion
 from conftest import blank, tiny_batch, tiny_model
-from decoding import DecoderConfig, decode_block
-from filling import Wavefront
+from decoding import DecoderConfig, decode_window
+from filling import HeadFiller
 from sampler import sampler_examples
 
 
@@ -136,13 +136,13 @@ def test_blocks_are_learned_from_as_well():
 
 
 def decoded_from_blank(model, B, dtype=None):
-    """What decode_block gives for B blank sequences, in one pass.
+    """What decode_window gives for B blank sequences, in one pass.
 
     Returns text (B, T), first positions (B, T) bool, and the neighbours (B, T, S) that the head saw when it filled each
     position, and when it rescored it.
     """
     offsets = model.sampler_head.local.offsets
-    plain_fill, plain_around = Wavefront.fill, Wavefront.around
+    plain_fill, plain_around = HeadFiller.fill, HeadFiller.around
     filled = torch.full((B, 24, len(offsets)), -1)
     again, filling = filled.clone(), []
 
@@ -157,10 +157,10 @@ def decoded_from_blank(model, B, dtype=None):
         return found
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Wavefront, 'fill', fill)
-        patch.setattr(Wavefront, 'around', around)
+        patch.setattr(HeadFiller, 'fill', fill)
+        patch.setattr(HeadFiller, 'around', around)
         with torch.autocast('cpu', dtype or torch.bfloat16, enabled=dtype is not None):
-            decode_block(model, *blank(model, B), DecoderConfig(mask_ratios=()), range(B), range(24), steps.append,
+            decode_window(model, *blank(model, B), DecoderConfig(mask_ratios=()), range(B), range(24), steps.append,
                          wanted=['remask_score'])
     assert (again >= 0).all()
     return steps[0]['x'], steps[0]['wave'] == 0, filled, again
@@ -213,10 +213,10 @@ def test_rescoring_in_training_sees_what_decoding_sees(monkeypatch):
     monkeypatch.setattr(torch, 'rand', lambda *size, generator=None: torch.zeros(size))    # shares below 0
     around = examples_of(model, batch, 4, 0).around[:24].view(2, 12, 4)
     seen = []
-    plain = Wavefront.around
-    monkeypatch.setattr(Wavefront, 'around', lambda *args: seen.append(plain(*args)) or seen[-1])
+    plain = HeadFiller.around
+    monkeypatch.setattr(HeadFiller, 'around', lambda *args: seen.append(plain(*args)) or seen[-1])
     with torch.no_grad():
-        Wavefront(model).rescore(batch.x0, batch.mask.nonzero(as_tuple=True), batch.hidden)
+        HeadFiller(model).rescore(batch.x0, batch.mask.nonzero(as_tuple=True), batch.hidden)
     rescored = torch.cat(seen).view(2, 12, 4)
     same = [torch.equal(a, b) for a, b in zip(around, rescored)]
     assert sorted(same) == [False, True], 'one of the two sequences is rescored, the other filled'

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint import load_model
 from conftest import ROOT
-from filling import Wavefront
+from filling import HeadFiller
 from likelihood import log_likelihood
 from plans import Plan
 from sampler import wave_numbers
@@ -25,7 +25,7 @@ def computed():
     at = TEMPLATE.index('_')
     x = torch.tensor([[tokenizer.mask_id if c == '_' else tokenizer.encode(c)[0] for c in TEMPLATE]])
     with torch.no_grad():
-        hidden, filler = model(x), Wavefront(model)
+        hidden, filler = model(x), HeadFiller(model)
 
         def head(position, x):
             where = torch.tensor([0]), torch.tensor([position])

@@ -8,7 +8,7 @@ import decoding
 import speculative
 from cache import CachedTrunk
 from conftest import tiny_model
-from decoding import DecoderConfig, decode_block, generate
+from decoding import DecoderConfig, decode_window, generate
 from likelihood import log_likelihood
 from noise import ACCEPTED, REPLACED, TOKENS, exact, invert, uniform, weights
 from plans import make_plan
@@ -29,7 +29,7 @@ def config_of(passes, **changes):
 def text_of(model, config, n_given=0, on_pass=None, **changes):
     x = torch.arange(B * T).view(B, T) * 5 % model.mask_id
     free = (torch.arange(T) >= n_given).expand(B, -1).clone()
-    return decode_block(model, x, free, config, range(B), range(T), on_pass, **changes)
+    return decode_window(model, x, free, config, range(B), range(T), on_pass, **changes)
 
 
 def one_by_one(model, n_given=0, temperature=1.0, top_p=1.0):
@@ -126,14 +126,14 @@ def test_text_that_is_given_in_the_middle_stays():
     model = model_64()
     x = torch.arange(B * T).view(B, T) % model.mask_id
     free = (torch.arange(T) % 5 > 0).expand(B, -1).clone()
-    decoded = decode_block(model, x, free, config_of(T), range(B), range(T))
+    decoded = decode_window(model, x, free, config_of(T), range(B), range(T))
     assert torch.equal(decoded.x[~free], x[~free]) and not torch.equal(decoded.x, x)
 
 
 def test_a_sequence_does_not_depend_on_the_others():
     model = model_64()
     x = torch.full((B, T), model.mask_id)
-    alone = [decode_block(model, x[:1], x[:1] == model.mask_id, config_of(T), [b], range(T)).x[0] for b in range(B)]
+    alone = [decode_window(model, x[:1], x[:1] == model.mask_id, config_of(T), [b], range(T)).x[0] for b in range(B)]
     assert torch.equal(text_of(model, config_of(T)).x, torch.stack(alone))
 
 
@@ -141,11 +141,11 @@ def test_long_texts_are_written_in_overlapping_windows():
     model = model_64()
     x = torch.full((2, 3 * T), model.mask_id)
     decoded = generate(model, x, x == model.mask_id, config_of(T), range(2))
-    first = decode_block(model, x[:, :T], x[:, :T] == model.mask_id, config_of(T), range(2), range(T)).x
+    first = decode_window(model, x[:, :T], x[:, :T] == model.mask_id, config_of(T), range(2), range(T)).x
     assert torch.equal(decoded.x[:, :T], first)
     start = T - T // 4
     given = torch.cat((first[:, start:], x[:, :start]), 1)
-    second = decode_block(model, given, given == model.mask_id, config_of(T), range(2), range(start, start + T)).x
+    second = decode_window(model, given, given == model.mask_id, config_of(T), range(2), range(start, start + T)).x
     assert torch.equal(decoded.x[:, start:start + T], second) and (decoded.x != model.mask_id).all()
 
 
