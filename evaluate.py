@@ -51,7 +51,6 @@ from timing import synchronize
 
 EVALUATOR = 'out-char-ar/ckpt.pt'
 BATCH = 32    # samples decoded at a time
-EVAL_SEQUENCES = 432    # validation sequences of the likelihood bound at most, as in train.py
 
 
 # -----------------------------------------------------------------------------
@@ -160,8 +159,8 @@ class Evaluation:
         if 'validation' in self.result:
             return
         self.result['reference']['real text'] = self.measure(self.real)
-        n, T = EVAL_SEQUENCES, self.model.config.block_size
-        sequences = self.corpus.spread_rows('val', self.corpus.room('val', n, T), T)
+        n = likelihood_table.n_sequences(self)
+        sequences = self.corpus.spread_rows('val', n, self.model.config.block_size)
         with autocast(self.device, self.dtype):
             bound = diffusion.validate(self.model, torch.from_numpy(sequences).to(self.device), 64, self.seed)
         bits = 1 / math.log(2) / self.corpus.chars_per_token

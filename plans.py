@@ -135,17 +135,7 @@ def run_waves(pass_of, k):
     ends = now & (F.pad(known, (1, 0))[:, :-1] | F.pad(known, (0, 1))[:, 1:])
     has_end = torch.zeros(len(now), int(number.max()) + 1, dtype=torch.bool).scatter_reduce(1, number, ends, 'amax')
     first = begins & ~has_end.gather(1, number)
-    at = torch.arange(now.size(1)).expand_as(now)
-    left = at - torch.where(first | known, at, -(1 << 20)).cummax(1).values
-    right = torch.where(first | known, at, 1 << 20).flip(1).cummin(1).values.flip(1) - at
-    outside = ~(now | known)                                           # nothing is known beyond these
-    wall_left = torch.where(outside, at, -(1 << 20)).cummax(1).values
-    wall_right = torch.where(outside, at, 1 << 20).flip(1).cummin(1).values.flip(1)
-    left = torch.where(at - left > wall_left, left, 1 << 20)
-    right = torch.where(at + right < wall_right, right, 1 << 20)
-    wave = torch.minimum(left, right)
-    meets = (wave[:, 1:] == wave[:, :-1]) & now[:, 1:] & now[:, :-1] & (wave[:, 1:] > 0)
-    return torch.cat((wave[:, :1], wave[:, 1:] + meets), 1) * now
+    return wave_numbers(now, first, wall=~(now | known)) * now
 
 
 def van_der_corput(K):

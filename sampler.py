@@ -146,19 +146,25 @@ class SamplerHead(nn.Module):
 # -----------------------------------------------------------------------------
 # order of filling
 
-def wave_numbers(mask, first):
+def wave_numbers(mask, first, wall=None):
     """The wave in which each position is filled: 0 known or first, then one more for each step away from those.
 
-    mask (B, T) bool, True where masked; first (B, T) bool, masked positions that are filled before wave 1.
-    Of the last two positions of a gap, which would not see each other, the right one waits for the left. Returns
-    (B, T) int64; in a sequence where nothing is known every number is at least T.
+    mask (B, T) bool, True where masked; first (B, T) bool, masked positions that are filled before wave 1; wall (B, T)
+    bool: positions that are neither known nor filled now, beyond which nothing is known. Of the last two positions of a
+    gap, which would not see each other, the right one waits for the left. Returns (B, T) int64, 0 in walls; in a
+    sequence where nothing is known every number is at least T.
     """
     B, T = mask.size()
     at = torch.arange(T, device=mask.device).expand(B, T)
-    known = ~mask | first
-    left = at - torch.where(known, at, -T).cummax(1).values
-    right = torch.where(known, at, 2 * T).flip(1).cummin(1).values.flip(1) - at
+    last = lambda found: torch.where(found, at, -T).cummax(1).values                       # at or left of a position
+    following = lambda found: torch.where(found, at, 2 * T).flip(1).cummin(1).values.flip(1)
+    known = ~mask | first if wall is None else ~(mask | wall) | first
+    left, right = at - last(known), following(known) - at
+    if wall is not None:
+        left = torch.where(last(known) > last(wall), left, 2 * T)
+        right = torch.where(following(known) < following(wall), right, 2 * T)
     wave = torch.minimum(left, right)
+    wave = wave if wall is None else wave.masked_fill(wall, 0)
     meets = (wave[:, 1:] == wave[:, :-1]) & (wave[:, 1:] > 0)
     return torch.cat((wave[:, :1], wave[:, 1:] + meets), 1)
 
