@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-all coverage clean
 
 demo: .venv/ready
-	test -d out-char-diffusion || $(BIN)/python sample_simple.py --num-samples 2 --no-progress
+	test -f out-char-diffusion/ckpt.pt || $(BIN)/python sample_simple.py --num-samples 2 --no-progress
 	test -f out-char-diffusion/ckpt.pt || $(BIN)/python train.py config/train_char_diffusion_sampler.py
 	$(BIN)/python sample_simple.py --num-samples 3 --disable-sampler --no-progress
 	$(BIN)/python sample_simple.py --num-samples 3 --no-progress

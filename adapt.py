@@ -11,8 +11,8 @@ A trunk offers three things:
     trunk.embeddings          (V, C) with trunk.logits(h) == h @ embeddings[:-1].T: those of its output layer, and a row
                               for [MASK], which may be anything
 
-Every plan then works but speculative (which is decoding.default_config's), blocks, and left-to-right behind a prefix:
-for them the trunk would have to read text from left to right. Fill in behind a prefix by wavefront.
+Every plan then works but speculative, blocks, and left-to-right behind a prefix: for them the trunk would have to read
+text from left to right. So decoding.default_config fills in interleaved order. Fill in behind a prefix by wavefront.
 """
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ class Adapted(nn.Module):
     block_size: the longest sequence that the trunk reads; the others are those of GPTConfig. ValueError where logits
     and embeddings do not belong together.
     """
-    critic_head = None
+    critic_head, reads_text = None, False
 
     def __init__(self, trunk, block_size, sampler_context=8, sampler_width=128, sampler_state=192,
                  sampler_min_neighbors_ratio=0.01):

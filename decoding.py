@@ -46,7 +46,7 @@ class DecoderConfig:
 
     @property
     def passes(self):
-        """Forward passes over one block, at most."""
+        """Forward passes over one window, at most."""
         return self.plan_passes + len(self.mask_ratios)
 
     def temperature_of(self, i):
@@ -148,7 +148,7 @@ class Decoded:
 
 
 def make_filler(model, config):
-    """Who fills in this decoding. What it computes of the weights serves every block until they change."""
+    """Who fills in this decoding. What it computes of the weights serves every window until they change."""
     return HeadFiller.of(model) if config.use_sampler else NaiveFiller(model)
 
 

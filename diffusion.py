@@ -273,7 +273,7 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
             ranked.append((losses.pop('critic_targets').cpu(), losses.pop('critic_logits').cpu()))
         for name, value in (losses | {'main': nll.mean()}).items():
             totals.setdefault(name, []).append((value.cpu().double(), int(batch.mask.sum())))
-    nelbo = torch.cat(nelbo)[n.argsort()]
+    nelbo = torch.cat(nelbo)[order.argsort()]    # along the grid
     result = {'nelbo': nelbo.mean().item(), 'nelbo_error': grid_error(nelbo.tolist())}
     if ranked:
         targets, logits = (torch.cat(values) for values in zip(*ranked))

@@ -51,8 +51,9 @@ def decoder_config(args, model, path, prefix_only=True):
         raise InputError(f'{path!r} has no sampler head, which --corrections needs')
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
-    if (args.plan_passes or 1) > 1 and use_sampler is None and prefix_only:
-        given.setdefault('plan', 'blocks')    # left-to-right, as flags that revise have it, takes one pass
+    if (args.plan_passes or 1) > 1 and prefix_only:    # the plans that flags that revise have take one pass
+        with_head = model.sampler_head is not None and not args.disable_sampler
+        given.setdefault('plan', 'blocks' if with_head and model.reads_text else 'interleaved')
     config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args),
                             seed=args.seed, top_p=args.top_p, temperature=args.temperature,
                             end_temperature=args.end_temperature, revise=not args.no_revise,

@@ -37,7 +37,7 @@ PASSES = (1, 2, 4, 8, 16)
 NAMES = {'naive': 'naive', 'wavefront': 'sampler head', 'ar_baseline': 'autoregressive, same size',
          'nelbo': 'transformer alone (bound)'}
 HIGHEST = 1.4      # of the figure's bits, as a multiple of the lowest: what is above is named at the edge
-COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'less autoregression',
+COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'minus autoregression',
            'bits per character', 'seconds, 1 sample', f'seconds, {BATCH} samples')
 
 
@@ -94,7 +94,7 @@ def measure(evaluation, decoders, progress):
         bar = tqdm(lines, unit='decoder', disable=not progress)
         own = [measure_likelihood(evaluation, rows, *line) for line in bar]
         processes.barrier()    # nobody is timed while another still works on likelihoods
-        measure_seconds(evaluation, rows, own, progress)
+        measure_seconds(evaluation, own, progress)
     entries = [None] * len(todo)
     for rank, part in enumerate(processes.gathered(own)):
         entries[rank::processes.world] = part
@@ -161,9 +161,10 @@ class Sampling:
             self.decoded = decoding.generate(model, x, torch.ones_like(x, dtype=torch.bool), self.config, range(n))
 
 
-def measure_seconds(evaluation, rows, entries, progress):
+def measure_seconds(evaluation, entries, progress):
     """What sampling by each entry takes: medians over rounds in which the decoders take turns; passes and steps."""
-    samplings = {(i, key): Sampling(evaluation, rows[:n, :1], entry) for i, entry in enumerate(entries)
+    first = torch.from_numpy(evaluation.corpus.spread_rows('val', BATCH, 1)).to(evaluation.device)
+    samplings = {(i, key): Sampling(evaluation, first[:n], entry) for i, entry in enumerate(entries)
                  for key, n in (('seconds_1', 1), ('seconds', BATCH)) if entry['decoder'] != 'nelbo'}
     with tqdm(total=len(samplings) * (ROUNDS + 1), unit='batch', disable=not progress) as bar:
         rounds = in_turn(samplings, ROUNDS, evaluation.device, lambda _: bar.update())

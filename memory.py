@@ -13,7 +13,7 @@ CGROUP = '/sys/fs/cgroup/memory.max'    # a container's limit
 
 
 class NothingComputed(TorchFunctionMode):
-    """Keeps from the meta device what it would compute in Python: for that it imports torch's compiler, 1.2 s."""
+    """Skips what the meta device would compute in Python: for that it imports torch's compiler, 1.2 s."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

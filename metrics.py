@@ -56,10 +56,10 @@ def mean_error(values):
 
 
 def grid_error(values):
-    """Standard error of the mean of values that each were drawn at a place of their own on a grid, in its order.
+    """Standard error of the mean of values in the order of a grid, each of which was drawn at one of its places.
 
-    From successive differences, for what changes along the grid is no error of the mean: Wolter, Introduction to
-    Variance Estimation, 2007, chapter 8.
+    It comes from successive differences, for what changes along the grid is no error of the mean: Wolter, Introduction
+    to Variance Estimation, 2007, chapter 8.
     """
     squares = [(b - a) ** 2 for a, b in zip(values, values[1:])]
     return math.sqrt(sum(squares) / 2 / max(1, len(squares)) / len(values))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 TOKENS, ORDER, POSITIONS, CORRECTIONS, KEPT, ACCEPTED, REPLACED = range(7)    # streams of noise: one for each use
-# what derive makes seeds for in an iteration of training
-CRITIC, CRITIC_TEXT, HEADS, JUDGE, BLOCKS, MASKS, TEXT_MASKS, DROPOUT, MASK_COUNTS = range(9)
+# what derive makes seeds for, in an iteration of training and in validation
+CRITIC, CRITIC_TEXT, HEADS, JUDGE, TEXT_BLOCKS, MASKS, TEXT_MASKS, DROPOUT, MASK_COUNTS = range(9)
 COLD = 1e-6    # a temperature below it is 0: logits divided by it may not be finite
 CANDIDATES = 1024    # likeliest tokens that are sorted for top_p, unless they do not reach it
 GROUP = 256    # tokens whose weights are summed before the running sum of a large vocabulary

@@ -11,7 +11,7 @@ import torch.nn as nn
 import autoregressive
 import diffusion
 import judge
-from noise import BLOCKS, JUDGE, MASKS, TEXT_MASKS, derive
+from noise import JUDGE, MASKS, TEXT_BLOCKS, TEXT_MASKS, derive
 
 
 def make_objective(model, config, generator=None):
@@ -68,7 +68,7 @@ class DiffusionObjective(Objective):
         batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask, masked, all_masks)
         losses, blocks, of_blocks = {'main': diffusion.masked_loss(batch)}, None, {}
         if n_blocks:
-            generator = torch.Generator().manual_seed(derive(seed, BLOCKS))
+            generator = torch.Generator().manual_seed(derive(seed, TEXT_BLOCKS))
             blocks, of_blocks['blocks'] = diffusion.forward_blocks(
                 self.trunk, self.model, text, generator, in_blocks, self.partly_masked(text, seed, in_blocks),
                 viewed=sampler_rows > 0)

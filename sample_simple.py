@@ -6,7 +6,7 @@
     python sample_simple.py --disable-sampler
     torchrun --standalone --nproc_per_node=4 sample_simple.py --num-samples 256
 
-The same seed gives the same noise to both decoders, so their outputs can be compared sample by sample.
+The same seed gives the same samples, whatever the batch. view.py and --animate show how they come about.
 """
 import environment    # before torch
 
@@ -58,8 +58,8 @@ def parser():
     add('--iterations', type=int, metavar='N', help='forward passes over one block, at most; longer texts take '
         'overlapping windows (default: 15)')
     add('--plan', metavar='NAME', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
-        '(default: speculative, or interleaved without a sampler; left-to-right where a flag asks to revise; '
-        'wavefront where text is given elsewhere than in front)')
+        '(default: speculative, or interleaved without a sampler; where a flag asks to revise left-to-right, or '
+        'wavefront without a sampler; wavefront between given text)')
     add('--plan-passes', type=int, metavar='N',
         help=f'iterations that the plan takes, the others revise (default: 1, or all for {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')

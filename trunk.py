@@ -23,7 +23,7 @@ def copy(source, model):
 
 
 def start_from(model, path, corpus):
-    """Give model the trunk of the checkpoint at path. InputError unless it generates, and fits corpus and shape."""
+    """Give model the trunk of the checkpoint at path. InputError unless it generates and fits the run."""
     source, _, saved = load_model(path)
     require_generator(source, path)
     require_same_vocabulary(saved['corpus'], path, corpus)
@@ -31,6 +31,8 @@ def start_from(model, path, corpus):
     if shapes[0] != shapes[1]:
         wanted = ' '.join(f'--{name}={value}' for name, value in shapes[0].items() if value != shapes[1][name])
         raise InputError(f'the trunk of {path!r} has another shape than this run; give {wanted}')
+    if model.reads_text and not source.reads_text:
+        raise InputError(f'the trunk of {path!r} did not learn to read text from left to right; give --block_rows=0')
     copy(source, model)
 
 

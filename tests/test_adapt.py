@@ -1,11 +1,13 @@
 """adapt.py: a sampler head for a foreign trunk. config/fit_sampler.py: heads for a finished model, beside it."""
+import re
+
 import pytest
 import torch
 import torch.nn as nn
 
 from adapt import Adapted, fit
 from conftest import NO_HEADS, TINY, checkpoint_in, same_weights
-from decoding import DecoderConfig, generate
+from decoding import DecoderConfig, default_config, generate
 from likelihood import log_likelihood
 from plans import make_plan
 
@@ -69,6 +71,12 @@ def test_it_decodes(adapted, plan, passes):
     assert decoded.x.max() < model.mask_id and (right == 1 or plan == 'interleaved')
 
 
+def test_by_default_it_asks_the_trunk_for_no_reading_from_the_left(adapted):
+    model = adapted[0]
+    x, config = torch.full((2, LENGTH), model.mask_id), default_config(model, 4)
+    assert config.plan == 'interleaved' and generate(model, x, x == model.mask_id, config, range(2)).passes == 4
+
+
 def test_logits_and_embeddings_that_do_not_belong_together():
     trunk = Foreign()
     trunk.output = nn.Linear(24, 6)
@@ -102,6 +110,27 @@ def test_heads_for_a_finished_model_leave_its_trunk_as_it_was(script, toy_data, 
     status, out, err = script('sample_simple.py', '--out-dir', plain, '--checkpoint-name', 'fitted.pt', '--num-samples',
                               1, '--iterations', 2, '--no-progress')
     assert status == 0 and 'with the sampler head, plan' in out, err
+
+
+def test_heads_on_a_frozen_trunk_learn_from_what_decoding_sees(script, toy_data, plain):
+    """Without dropout: the losses are those of a run that has none."""
+    losses = []
+    for dropout in (0.0, 0.5):
+        status, out, err = script('train.py', *FIT, f'--data_dir={toy_data}', f'--out_dir={plain}',
+                                  f'--trunk_checkpoint={plain / "ckpt.pt"}', '--overwrite=True',
+                                  f'--dropout={dropout}')
+        assert status == 0, err
+        losses.append(re.findall(r'^iter \d+: loss (.*), time', out, re.M))
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_trunk_that_does_not_read_text_is_one_line(script, train, toy_data, plain):
+    train(plain, *NO_HEADS, '--max_iters=4', '--block_rows=0', '--overwrite=True')
+    command = ['train.py', *FIT, f'--data_dir={toy_data}', f'--out_dir={plain}',
+               f'--trunk_checkpoint={plain / "ckpt.pt"}']
+    status, _, err = script(*command)
+    assert status == 2 and 'did not learn to read text from left to right; give --block_rows=0' in err
+    assert script(*command, '--block_rows=0')[0] == 0
 
 
 @pytest.mark.parametrize('flags, message', [

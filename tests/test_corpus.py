@@ -50,6 +50,12 @@ def test_names_cannot_leave_the_data_folder_or_take_a_built_in_one(tmp_path):
         assert prepare(tmp_path / 'my.txt', '--name', name).returncode == 2
 
 
+def test_room_is_for_what_does_not_overlap(toy_data):
+    toy = corpus.Corpus('toy', str(toy_data))
+    n = len(toy.splits['val']) // 32
+    assert toy.room('val', 10 ** 6, 32) == n > 10 and toy.room('val', 10, 32) == 10 and toy.room('val', 9, 10 ** 6) == 2
+
+
 def test_unknown_characters_are_named(toy_data):
     with pytest.raises(InputError, match="'XZ' is not in the vocabulary"):
         corpus.Corpus('toy', str(toy_data)).tokenizer.encode('the catZX')

@@ -156,6 +156,17 @@ def test_the_critic_is_shown_in_training_the_default_samples_that_it_scores():
     assert torch.equal(torch.stack(at), mask.nonzero().T)
 
 
+def test_of_a_trunk_that_does_not_read_text_it_learns_what_that_decodes(monkeypatch):
+    """It was shown drafts that such a trunk had checked, which nobody gets."""
+    model, asked = tiny_model(), []
+    seed, model.reads_text = seed_of(model, 'default'), False
+    plain = diffusion.decode_window
+    monkeypatch.setattr(diffusion, 'decode_window', lambda *args, **kwargs: asked.append(args[3]) or plain(
+        *args, **kwargs))
+    generated, real, *_ = examples(model, 4, seed)
+    assert {config.plan for config in asked} == {'interleaved'} and generated[0].shape == real[0].shape
+
+
 def test_critic_loss_is_the_cross_entropy_of_generated_against_real():
     model = tiny_model()
     generated, real, mask, *_ = examples(model, 2)

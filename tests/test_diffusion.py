@@ -32,6 +32,21 @@ def test_exact_numbers_of_masks():
     assert mask.sum(1).tolist() == [1, 7, 20] and torch.equal(xt, torch.where(mask, 11, 0))
 
 
+def test_the_bound_has_every_number_of_masks_alike(monkeypatch):
+    """Each number came from the lower end of its part of the grid: a mean of 11.4 for 12.5, and never all masked.
+
+    The mean of a grid has a standard deviation of 0.7 over offsets: four standard errors.
+    """
+    model, x0, found = tiny_model(heads=False), torch.zeros(10, 24, dtype=torch.long), []
+    plain = diffusion.mask_exactly
+    monkeypatch.setattr(diffusion, 'mask_exactly', lambda x, n, *rest: found.append(n) or plain(x, n, *rest))
+    for seed in range(100):
+        diffusion.validate(model, x0, 10, seed)
+    counts = torch.stack(found)
+    assert abs(counts.double().mean() - 12.5) < 0.28 and counts.unique().tolist() == list(range(1, 25))
+    assert set(counts.sort(1).values.diff(dim=1).unique().tolist()) == {2, 3}, 'spread evenly'
+
+
 def test_ratios_are_spread():
     t = spread_ratios(8, torch.Generator().manual_seed(0)).sort().values
     assert ((t * 8).ceil() == torch.arange(1, 9)).all()

@@ -46,7 +46,7 @@ def test_the_shipped_model_stands_in_until_one_is_trained(script, trained_once, 
     """For the defaults alone: another folder or name is a mistake that wants to be told."""
     script('export.py', trained_once[0] / 'ckpt.pt', tmp_path / 'small.pt')
     monkeypatch.setattr('generation.SHIPPED', str(tmp_path / 'small.pt'))
-    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'out-char-diffusion').mkdir(parents=True)    # as after an evaluation or a judge
     for arguments, status, said in (([], 0, 'this is the shipped model'), (['--out-dir', 'mine'], 2, 'no checkpoint'),
                                     (['--checkpoint-name', 'best.pt'], 2, 'no checkpoint')):
         found, out, err = script('sample_simple.py', '--num-samples', 1, '--iterations', 1, '--no-progress', *arguments,

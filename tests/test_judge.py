@@ -56,20 +56,21 @@ def test_examples_come_from_the_shipped_decoder(monkeypatch):
         return decode_window(model, x, free, config, *args)
     monkeypatch.setattr(judge, 'decode_window', watch)
     generator = tiny_model()
-    for seed in range(24):
+    for seed in range(60):
         judge.make_examples(generator, text(4), np.random.default_rng(seed))
     configs = [config for config, _ in seen]
     assert {c.passes for c in configs} == set(judge.ITERATIONS) and {c.use_sampler for c in configs} == {True, False}
-    assert len({c.temperature for c in configs}) == 24
+    assert len({c.temperature for c in configs}) == 60
     assert all(judge.TEMPERATURES[0] <= c.temperature <= judge.TEMPERATURES[1] for c in configs)
     whole = [free[free.any(1)].all().item() for _, free in seen]
-    assert 0 < sum(whole) < 24, 'some batches are written whole, others in part'
+    assert 0 < sum(whole) < 60, 'some batches are written whole, others in part'
     assert all(not free.any(1).all() for _, free in seen), 'in each some sequences stay real'
     for w, (c, _) in zip(whole, seen):    # as sample_simple.py would
         default = judge.default_config(generator, c.passes, c.use_sampler, w)
         assert (c.plan, c.plan_passes, c.mask_ratios) == (default.plan, default.plan_passes, default.mask_ratios)
-    assert {(w, c.plan) for w, (c, _) in zip(whole, seen) if c.use_sampler} == {
-        (True, 'speculative'), (False, 'wavefront')}
+    assert {(c.use_sampler, w, c.plan) for w, (c, _) in zip(whole, seen)} == {
+        (True, True, 'speculative'), (True, False, 'wavefront'), (False, True, 'interleaved'),
+        (False, False, 'wavefront')}
 
 
 @pytest.mark.parametrize('B', [1, 2, 3])

@@ -63,6 +63,17 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     assert status == 2 and 'is not known' in err
 
 
+def test_a_short_text_is_not_measured_twice_and_seconds_are_those_of_whole_batches(evaluated, models, tmp_path,
+                                                                                    monkeypatch):
+    lengths, plain = set(), likelihood_table.Sampling.__init__
+    monkeypatch.setattr(likelihood_table, 'BATCH', 4)
+    monkeypatch.setattr('corpus.Corpus.room', lambda self, split, n, length: 2)
+    monkeypatch.setattr(likelihood_table.Sampling, '__init__', lambda self, evaluation, first, entry: lengths.add(
+        len(first)) or plain(self, evaluation, first, entry))
+    status, out, _ = evaluated('--likelihood', '--passes', '2', '--plans', 'interleaved', samples=False)
+    assert status == 0 and '\n2 validation sequences of 32 tokens' in out and lengths == {1, 4}
+
+
 def test_a_table_of_the_plans_that_are_asked_for(evaluated, models, tmp_path, monkeypatch):
     monkeypatch.setattr(likelihood_table, 'SEQUENCES', 2)
     monkeypatch.setattr(likelihood_table, 'BATCH', 2)

@@ -159,6 +159,7 @@ def test_plain_lines_where_there_is_no_terminal(script, trained_once):
     (['--iterations', 1], 'with the sampler head, plan speculative, 1 forward pass, '),
     (['--order', 'critic', '--iterations', 3], 'with the sampler head, plan left-to-right, 3 forward passes, '),
     (['--disable-sampler', '--iterations', 2], 'naively, plan interleaved, 2 forward passes, '),
+        (['--disable-sampler', '--plan-passes', 2, '--iterations', 3], 'naively, plan interleaved, 3 forward passes, '),
         (['--disable-sampler', '--start-ratio', 0.5, '--iterations', 2], 'naively, 2 forward passes, '),
     (['--disable-sampler', '--plan', 'random', '--iterations', 2], 'naively, plan random, 2 forward passes, '),
     (['--sequence-length', 64, '--iterations', 2], '2 forward passes over each of 3 windows, ')])
