@@ -68,7 +68,7 @@ def test_parts_together_are_the_whole(parts, rows):
         model, x0 = tiny_model(seed), torch.randint(0, 11, (G, 24), generator=torch.Generator().manual_seed(seed))
         whole, gradients = losses_and_gradients(model, x0, seed, 1, rows)
         values, shared = losses_and_gradients(model, x0, seed, parts, rows)
-        named = {'main': 1, 'blocks': rows[2], 'sampler': rows[0], 'critic': rows[1]}
+        named = {'main': 1, 'sampler': rows[0], 'critic': rows[1], 'blocks': rows[2]}
         assert list(whole) == list(values) == [name for name, on in named.items() if on]
         for name, value in whole.items():
             assert values[name] == pytest.approx(value, rel=1e-6), name
