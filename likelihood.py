@@ -25,10 +25,10 @@ from sampler import gather_neighbors, pad, uncast
 
 @torch.no_grad()
 def log_likelihood(model, x0, plan, use_sampler=True):
-    """Log-probability of each token of x0 under the decoder that follows plan, nats.
+    """Log-probability of each token of x0 under the decoder that follows plan, nats; 0 where text is given.
 
     x0 (B, T) int64 clean ids; plan: of (B, T) or (1, T). Returns (B, T) float64 on the CPU: sum over a sequence for
-    the likelihood of the sequence. Costs plan.passes forward passes, which read a text once where the plan is
+    the likelihood of the sequence, or of what is not given of it. Costs plan.passes forward passes, which read a text once where the plan is
     blockwise; two where it is speculative.
     """
     if plan.speculative:
@@ -77,6 +77,7 @@ def speculated(model, x0, plan):
     for t in range(T - 1):    # one position at a time: of a large vocabulary no more logits than in training
         log_prob = torch.log_softmax(exact(reader.lm_head(read[:, t])), -1)
         trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu().double()
+    trunk = torch.where(plan.pass_of.cpu() < 0, 0.0, trunk)    # what is given is never rejected
     target = speculative.mixture(trunk, draft)
     result = draft.clone()
     checked = torch.zeros(B, plan.passes, speculative.DRAFT, dtype=torch.float64)    # pass k, d tokens of its draft
@@ -102,7 +103,7 @@ def leave_last(checked, unchecked):
 
 def lane_states(model, x0, plan):
     """The recurrent state that the sampler head has at each position of x0 (B, T) when it fills its lane: (B, T, S)."""
-    states = []
+    states = [model.wte.weight.new_zeros(len(x0), plan.lanes[0][0].start, model.sampler_head.reader.hidden_size)]
     for lane in (lane for lanes in plan.lanes for lane in lanes):
         read = model.sampler_head.states(x0[:, lane.read_from:lane.end], model.wte.weight)
         states.append(read[:, lane.start - lane.read_from:])

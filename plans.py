@@ -51,7 +51,7 @@ def check_plan(name, passes):
 
 def is_fronts(name):
     start, _, n = name.partition('-')
-    return start == 'fronts' and n.isdigit() and int(n) > 0
+    return start == 'fronts' and n.isdecimal() and int(n) > 0
 
 
 def fills_from_left(name):
@@ -76,8 +76,10 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, free=
         return replace(plan, blockwise=True, speculative=passes)
     if fills_from_left(name):
         plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
-        return Plan(plan.pass_of.expand(B, -1).to(device), plan.wave_of.expand(B, -1).to(device), plan.lanes,
-                    plan.blockwise)
+        pass_of = plan.pass_of.expand(B, -1)
+        if free is not None:
+            pass_of = torch.where(free.cpu(), pass_of, -1)
+        return replace(plan, pass_of=pass_of.to(device), wave_of=plan.wave_of.expand(B, -1).to(device))
     if name == 'wavefront':
         wave_of = wave_numbers(torch.ones_like(first), first).cpu().expand(B, -1)
     elif name == 'interleaved':

@@ -65,15 +65,37 @@ def test_samples_have_the_likelihood_that_is_claimed(name, passes, use_sampler, 
         config = DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=())
         x = torch.full((n, T), model.mask_id)
         found = decode_like_sequence_0(model, x, config)
+    require_same_counts(found, n * probability)
+
+
+def require_same_counts(found, expected):
+    """A chi-squared test, at five standard deviations: found (n, T) samples, expected (V ** T,) counts of all texts."""
     code = (found * V ** torch.arange(T - 1, -1, -1)).sum(1)
     counts = np.bincount(code.numpy(), minlength=V ** T)
-    expected = n * probability
     common = expected >= 5
     chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
     rest = counts[~common].sum(), expected[~common].sum()
     degrees = common.sum()
     assert abs(chi2 - degrees) < 5 * math.sqrt(2 * degrees), (chi2, degrees)
     assert abs(rest[0] - rest[1]) < 5 * math.sqrt(rest[1] + 1)
+
+
+@pytest.mark.parametrize('name, passes, use_sampler', [
+    (*plan, True) for plan in [*PLANS, ('blocks', 3), ('fronts-3', 1)] if plan[0] != 'wavefront'] + [('blocks', 2, False)])
+def test_a_continuation_has_the_likelihood_of_its_samples(name, passes, use_sampler):
+    """Behind two given letters and beside a third one, which themselves have the likelihood 1."""
+    model, texts, n = tiny().double(), all_texts(), 20000
+    free = torch.tensor([[False, False, True, False, True]])
+    texts = texts[(texts[:, ~free[0]] == torch.tensor([2, 0, 1])).all(1)]    # 9 of the 243
+    plan = make_plan(name, T, passes, sequences=[0], free=free)
+    log_prob = log_likelihood(model, texts, plan, use_sampler)
+    assert not log_prob[:, ~free[0]].any()
+    probability = torch.zeros(V ** T, dtype=torch.float64)
+    probability[(texts * V ** torch.arange(T - 1, -1, -1)).sum(1)] = log_prob.sum(1).exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    x = torch.where(free, model.mask_id, texts[:1]).repeat(n, 1)
+    config = DecoderConfig(use_sampler=use_sampler, plan=name, plan_passes=passes, mask_ratios=())
+    require_same_counts(decode_like_sequence_0(model, x, config), n * probability.numpy())
 
 
 def decode_like_sequence_0(model, x, config):
