@@ -4,10 +4,10 @@ A corpus is a folder with train.bin and val.bin (uint16 ids, the first 90% and t
 meta.json (vocabulary, counts, source, sha256). The last id of every vocabulary is [MASK], which no text holds.
 """
 import hashlib
+import http.client
 import importlib.util
 import json
 import os
-import urllib.error
 import urllib.request
 import zlib
 
@@ -98,7 +98,7 @@ def download(url, path, sha256, timeout=10):
         try:
             with urllib.request.urlopen(url, timeout=timeout) as response:
                 data = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:    # such as one that breaks off
             raise DownloadError(f'could not download {url} ({error}); connect, or put the file at {path}') from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DownloadError(f'{url} has sha256 {hashlib.sha256(data).hexdigest()}, wanted {sha256}')
@@ -245,10 +245,10 @@ class Corpus:
         return ids[starts[:, None] + np.arange(length)].astype(np.int64)
 
 
-def load_or_prepare(name, offline_name, data_dir=DATA_DIR):
-    """The corpus name, prepared first where data/name/prepare.py can do so, or offline_name if a download fails.
+def prepared(name, offline_name, data_dir=DATA_DIR):
+    """The corpus to use, name, or offline_name if its download fails; data/*/prepare.py makes it where it can.
 
-    offline_name '' allows no other corpus: the failed download is the error. The corpus's meta names the one in use.
+    offline_name '' allows no other corpus: the failed download is the error.
     """
     try:
         prepare(name, data_dir)
@@ -258,7 +258,7 @@ def load_or_prepare(name, offline_name, data_dir=DATA_DIR):
         print(f'\n*** NO NETWORK: training on {offline_name!r} in place of {name!r} ***\n*** {error} ***\n')
         name = offline_name
         prepare(name, data_dir)
-    return Corpus(name, data_dir)
+    return name
 
 
 def prepare(name, data_dir):

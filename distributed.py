@@ -55,12 +55,6 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def first_alone(self, function):
-        """function() in the first process, then in the others, which find what the first has made."""
-        result = function() if self.master_process else None
-        self.barrier()
-        return result if self.master_process else function()
-
     def of_first(self, function):
         """What function() returns in the first process, in all of them."""
         if not dist.is_initialized():

@@ -276,7 +276,7 @@ def arguments():
 
 def names(text):
     """'a,b' -> ('a', 'b'). InputError for an unknown decoder."""
-    found = tuple(dict.fromkeys(text.split(','))) if text else ()
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(','))) if text else ()
     unknown = [name for name in found if name not in RECIPES]
     if unknown:
         raise InputError(f'--decoders has {unknown[0]}, wanted some of {", ".join(RECIPES)}')
@@ -325,7 +325,7 @@ def evaluate(args, processes):
         return 0
     evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)
-    settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick)
+    settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick, args.named)
     if processes.master_process:
         evaluation.measure_reference()
     with signals.noted('this setting') as stop:

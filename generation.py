@@ -73,9 +73,12 @@ def decoder_config(args, model, path, prefix_only=True):
     if args.plan and not revisions and args.iterations > 1 and asks_to_revise(args) and args.plan_passes is None:
         raise InputError(f'--plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
                          f'which another flag asks for; give a smaller --plan-passes')
-    if args.remask_kept and revisions < 2:
-        raise InputError(f'found --remask-kept with {revisions} of {args.iterations} iterations to revise; until the '
-                         f'second of them no token was kept, wanted more --iterations')
+    later = {'--remask-kept': args.remask_kept > 0, '--no-revise': args.no_revise}    # what was filled last is not kept
+    later = {flag: is_given and config.plan_passes == 1 for flag, is_given in later.items()}
+    for flag, is_given in (later | {'--end-ratio': args.end_ratio is not None}).items():
+        if is_given and revisions < 2:
+            raise InputError(f'found {flag} with {revisions} of {args.iterations} iterations to revise; it changes '
+                             f'nothing before the second of them, wanted more --iterations')
     if args.masking_ratios is not None:
         if len(args.masking_ratios) != revisions:
             raise InputError(f'--plan {config.plan} leaves {revisions} iterations to revise, found '
@@ -244,6 +247,9 @@ def generate_text(args, processes):
     path = checkpoint_path(args)
     model, tokenizer, saved = load_model(path)
     require_generator(model, path)
+    for head in untrained_heads(saved):
+        setattr(model, f'{head}_head', None)
+        print(f'note: the {head} head had not begun to learn when {path} was saved, and is left out')
     x, free = given_text(args, tokenizer, model.config.block_size)
     length = x.size(1)
     config = decoder_config(args, model, path, is_prefix(args, free))
@@ -262,8 +268,6 @@ def generate_text(args, processes):
         else f'iteration {saved["iter_num"]}'
     print(f'{path}: {trained}, trained on {saved["corpus"]["name"]}; decoding '
           f'{described(config, len(windows(length, model.config.block_size)))}, {device}, {dtype}, seed {args.seed}')
-    for head in untrained_heads(saved):
-        print(f'note: the {head} head had not begun to learn when this was saved; --disable-sampler decodes without it')
     if not free.any():
         print('note: --seed-text fills the sequence, nothing is left to generate')
 

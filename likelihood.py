@@ -28,8 +28,8 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     """Log-probability of each token of x0 under the decoder that follows plan, nats; 0 where text is given.
 
     x0 (B, T) int64 clean ids; plan: of (B, T) or (1, T). Returns (B, T) float64 on the CPU: sum over a sequence for
-    the likelihood of the sequence, or of what is not given of it. Costs plan.passes forward passes, which read a text once where the plan is
-    blockwise; two where it is speculative.
+    the likelihood of the sequence, or of what is not given of it. Costs plan.passes forward passes, which read a text
+    once where the plan is blockwise; two where it is speculative.
     """
     if plan.speculative:
         if not use_sampler:

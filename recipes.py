@@ -87,16 +87,17 @@ def mask_ratios(schedule, passes):
     return linear_ratios(passes, start, end)
 
 
-def list_settings(decoders, passes, temperatures, length, quick=False):
+def list_settings(decoders, passes, temperatures, length, quick=False, named=True):
     """Every setting that differs from the others in what it does, the baseline's first.
 
-    passes: () for those of PASSES that a recipe wants. InputError if that leaves a decoder without any.
+    passes: () for those of PASSES that a recipe wants. A decoder that wants more is left out; InputError if
+    it was named.
     """
     curves = [(BASELINE, length - 1, '', 0.0)]
     for name in decoders:
         recipe = RECIPES[name]
         chosen = [n for n in passes or PASSES if recipe.fewest <= n and (passes or n <= recipe.most)]
-        if not chosen:
+        if not chosen and named:
             raise InputError(f'--passes {joined(passes)} leaves {name} nothing to do, wanted {recipe.fewest} or more')
         for n in chosen:
             schedules, noises = (recipe.schedules, recipe.noises) if n > 1 else (('even',), (0.0,))

@@ -11,8 +11,9 @@ def stage(config, start_iter, it):
 
 
 def describe_stage(config, number):
-    names = ['main model'] + ['sampler'] * (config.add_sampler_head and number >= 2) + ['critic'] * (number == 3)
-    return ' + '.join(names)
+    learns = {'main model': not config.freeze_trunk, 'sampler': config.add_sampler_head and number >= 2,
+              'critic': number == 3}
+    return ' + '.join(name for name in learns if learns[name])
 
 
 def critic_weight(config, start_iter, it):

@@ -13,7 +13,7 @@ import torch
 
 def synchronize(device):
     if device.startswith('cuda'):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 class Clock:
@@ -63,7 +63,7 @@ def ratio(rounds, a, b):
 def peak_memory(device):
     """Bytes at the highest so far: of the GPU, or of this process."""
     if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     if platform.system() == 'Linux':    # whose ru_maxrss is that of the process that started this one, if that is more
         with open('/proc/self/status') as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith('VmHWM'))
@@ -86,7 +86,7 @@ def machine(device):
     """{name, cores, threads, load of other work, torch} of where this runs."""
     name = platform.processor() or platform.machine()
     if device.startswith('cuda'):
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
     elif os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)

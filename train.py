@@ -24,7 +24,7 @@ import signals
 import trunk
 from batches import Share
 from configurator import configure
-from corpus import DATA_DIR, load_or_prepare
+from corpus import DATA_DIR, Corpus, prepared
 from description import describe_run
 from device import autocast, pick_device, pick_dtype
 from distributed import Processes, leave, share_batch, without_sync
@@ -128,7 +128,8 @@ def main():
 
 def train(config, processes):
     """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop. Returns as iterate."""
-    corpus = processes.first_alone(lambda: load_or_prepare(config.dataset, config.offline_dataset, config.data_dir))
+    name = processes.of_first(lambda: prepared(config.dataset, config.offline_dataset, config.data_dir))
+    corpus = Corpus(name, config.data_dir)
     corpus.check(config.block_size)
     writes = processes.master_process and not config.eval_only
     with locked(config.out_dir) if writes else nullcontext():
@@ -331,8 +332,8 @@ def evaluate_and_save(config, state, objective, corpus, log, current_stage, proc
     best, state.best_val_loss = state.best_val_loss, min(value, state.best_val_loss)
     if config.eval_only or state.iter_num == 0:
         return
-    if not save(config, state, corpus, processes, better) and \
-            not state.saved.startswith(repr(checkpoint.best_path_of(config))):
+    has_saved = save(config, state, corpus, processes, better)
+    if not has_saved and state.saved != f'{checkpoint.best_path_of(config)!r} of iteration {state.iter_num}':
         state.best_val_loss = best    # which is what the files hold
     if state.iter_num == config.max_iters and not state.saved:
         processes.print0('no evaluation was better than the first: there is no checkpoint')

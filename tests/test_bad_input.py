@@ -290,7 +290,8 @@ def test_flags_of_sampling(monkeypatch, trained_once, tmp_path):
         for path in ('', tmp_path, 'nowhere/x.json', out_dir / 'ckpt.pt', tmp_path / 'notes.txt', 'a\0/b'):
             yield flag('--save', path)
         for flags in (['--threshold', 0.3], ['--schedule-mode=threshold', '--masking-ratios=0.5'],
-                      ['--plan=sideways'], ['--plan=fronts-0'], ['--plan=wavefront', '--plan-passes=2'],
+                      ['--plan=sideways'], ['--plan=fronts-0'], ['--plan=fronts-²'],
+                      ['--plan=wavefront', '--plan-passes=2'],
                       ['--seed-text=XYZ'], ['--seed-text', 'the ' * 9], ['--device=cpu:abc'], ['--device=cuda:99'],
                       ['--device='], ['--dtype=float8'], ['--quality-metric=judge'], ['--checkpoint-name='],
                       ['--checkpoint-name', tmp_path], ['--judge-checkpoint-name=ckpt.pt'],

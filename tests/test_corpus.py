@@ -2,8 +2,10 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -63,21 +65,36 @@ def test_unknown_characters_are_named(toy_data):
 
 def test_a_missing_or_torn_corpus_says_how_to_make_it(tmp_path):
     with pytest.raises(InputError, match='prepare.py FILE --name nowhere'):
-        corpus.load_or_prepare('nowhere', 'pydoc_char', str(tmp_path))
+        corpus.Corpus(corpus.prepared('nowhere', 'pydoc_char', str(tmp_path)), str(tmp_path))
     corpus.prepare_text('torn', 'abcdefghij' * 20, 'test', data_dir=str(tmp_path))
     (tmp_path / 'torn' / 'val.bin').write_bytes(b'1234')
     with pytest.raises(InputError, match='val.bin.*2 tokens'):
         corpus.Corpus('torn', str(tmp_path))
 
 
+def test_a_download_that_breaks_off_is_one_that_failed(tmp_path):
+    """A server that sends less than it promised raises no OSError."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        def answer():
+            with server.accept()[0] as client:
+                client.recv(4096)
+                client.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf')
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(corpus.DownloadError, match='could not download'):
+            corpus.download(f'http://127.0.0.1:{server.getsockname()[1]}/', str(tmp_path / 'input.txt'), 'sha')
+        thread.join()
+    assert not (tmp_path / 'input.txt').exists()
+
+
 def test_no_network_is_said_loudly_and_recorded(tmp_path, monkeypatch, capsys):
     def unreachable(url, path, sha256, timeout=10):
         raise corpus.DownloadError(f'could not download {url}')
     monkeypatch.setattr(corpus, 'download', unreachable)
-    c = corpus.load_or_prepare('shakespeare_char', 'pydoc_char', str(tmp_path))
+    c = corpus.Corpus(corpus.prepared('shakespeare_char', 'pydoc_char', str(tmp_path)), str(tmp_path))
     assert c.meta['name'] == 'pydoc_char' and '*** NO NETWORK' in capsys.readouterr().out
     with pytest.raises(InputError, match='could not download'):
-        corpus.load_or_prepare('shakespeare_char', '', str(tmp_path))
+        corpus.prepared('shakespeare_char', '', str(tmp_path))
 
 
 def test_a_download_is_verified_and_whole(tmp_path):

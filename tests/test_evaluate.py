@@ -124,6 +124,9 @@ def test_passes_that_are_asked_for_are_measured():
     assert all(s.passes <= 16 for s in recipes.list_settings(['wavefront'], (), (1.0,), length=256)[1:])
     with pytest.raises(InputError, match='naive-confidence nothing to do'):
         recipes.list_settings(['naive-confidence'], (1,), (1.0,), length=256)
+    unnamed = recipes.list_settings(['naive-confidence', 'wavefront'], (1,), (1.0,), length=256, named=False)
+    assert [s.decoder for s in unnamed] == [recipes.BASELINE, 'wavefront']
+    assert evaluate.names('wavefront, naive-random') == ('wavefront', 'naive-random')
 
 
 def test_schedules_by_hand():

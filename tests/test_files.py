@@ -9,6 +9,7 @@ import checkpoint
 import files
 from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in
 from errors import InputError, WriteError
+from objectives import DiffusionObjective
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -108,6 +109,29 @@ def test_training_goes_on_where_the_disk_is_full(train, tmp_path, disk):
     assert out.count('NOT SAVED: ') == 1 and 'No space left' in out and checkpoint_in(tmp_path)['iter_num'] == 12
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_best.pt', 'metrics.jsonl']
     assert checkpoint_in(tmp_path, 'ckpt_best.pt')['best_val_loss'] == checkpoint_in(tmp_path)['best_val_loss']
+
+
+def test_the_best_is_what_a_file_holds(train, tmp_path, disk, monkeypatch):
+    """Two full disks in a row once left the figure of an evaluation that was nowhere saved.
+
+    The first finds no room for the latest beside the best, the second for neither.
+    """
+    found, evaluations = [2.0, 1.9, 1.5, 1.7], []
+    plain, validate = checkpoint.save, DiffusionObjective.validate
+
+    def validated(self, *args):
+        evaluations.append(len(evaluations) // 2 * 6)    # the training split's, then the validation split's
+        return validate(self, *args) | {self.figure: found[evaluations[-1] // 6]}
+    monkeypatch.setattr(DiffusionObjective, 'validate', validated)
+
+    def save(path, contents):
+        fails = evaluations[-1] == 6 and path.endswith('ckpt.pt') or evaluations[-1] == 12
+        disk(1 if fails else 0)
+        return plain(path, contents)
+    monkeypatch.setattr(checkpoint, 'save', save)
+    out = train(tmp_path, *NO_HEADS, '--max_iters=18', '--eval_interval=6')
+    assert evaluations[::2] == [0, 6, 12, 18] and out.count('NOT SAVED: ') == 2
+    assert checkpoint_in(tmp_path, 'ckpt_best.pt')['best_val_loss'] == checkpoint_in(tmp_path)['best_val_loss'] == 1.7
 
 
 @pytest.mark.parametrize('flags, n', [(['--stop_on_full_disk=True'], 1), ([], 9)])

@@ -81,7 +81,8 @@ def require_same_counts(found, expected):
 
 
 @pytest.mark.parametrize('name, passes, use_sampler', [
-    (*plan, True) for plan in [*PLANS, ('blocks', 3), ('fronts-3', 1)] if plan[0] != 'wavefront'] + [('blocks', 2, False)])
+    *[(*plan, True) for plan in [*PLANS, ('blocks', 3), ('fronts-3', 1)] if plan[0] != 'wavefront'],
+    ('blocks', 2, False)])
 def test_a_continuation_has_the_likelihood_of_its_samples(name, passes, use_sampler):
     """Behind two given letters and beside a third one, which themselves have the likelihood 1."""
     model, texts, n = tiny().double(), all_texts(), 20000

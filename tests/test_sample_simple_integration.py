@@ -209,6 +209,8 @@ def test_bad_input_is_one_line(sample, flags, message):
     ('--order random --randomness-strength 2', 'with --order random'),
     ('--order random --remask-kept 0.1 --iterations 2', 'with 1 of 2 iterations to revise'),
     ('--remask-kept 0.1', 'without --order random'), ('--order random --remask-kept 0.1 --no-revise', 'no kept token'),
+    ('--order random --no-revise', 'for --remask-kept alone'), ('--no-revise --iterations 2', 'with 1 of 2 iterations'),
+    ('--end-ratio 0.1 --iterations 2', 'with 1 of 2 iterations'),
     ('--end-temperature 0.5 --iterations 1', '--end-temperature with one iteration'),
     ('--no-revise --iterations 1', 'nothing is revised'), ('--start-ratio 0.5 --iterations 1', 'nothing is revised'),
     ('--blank %', 'without --template'), ('--seed-placement random', 'without --seed-text')])
@@ -216,6 +218,14 @@ def test_flags_that_would_be_ignored_are_named(sample, flags, message):
     err = sample(*flags.split(), status=2)
     assert err.startswith('error: found --') or 'one iteration' in err
     assert message in err and err.count('\n') == 1
+
+
+def test_a_head_that_has_not_begun_to_learn_is_left_out(script, half_once):
+    """Samples were ordered and scored by random weights; the advice was to leave out the head that had learned."""
+    _, out, _ = script('sample_simple.py', '--out-dir', half_once, '--num-samples', 1)
+    assert 'note: the critic head had not begun' in out and 'with the sampler head' in out and 'quality' not in out
+    status, _, err = script('sample_simple.py', '--out-dir', half_once, '--order', 'critic')
+    assert status == 2 and 'no critic head' in err
 
 
 def test_corrections_need_a_head(script, train, tmp_path):
