@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from diffusion import beta_ratios, forward_masked, mask_tokens, spread_ratios
+from diffusion import beta_ratios, draw_masks, forward_masked, spread_ratios
 from sampler import SamplerHead, sampler_examples, sampler_loss
 
 
@@ -66,10 +66,9 @@ def fit(model, batches, learning_rate=1e-3, seed=1337):
     optimizer, losses = torch.optim.AdamW(model.sampler_head.parameters(), learning_rate), []
     generator = torch.Generator().manual_seed(seed)
     for x0 in batches:
-        t = beta_ratios(spread_ratios(len(x0), generator))
-        xt, mask = mask_tokens(x0.cpu(), t, model.mask_id, generator)
+        mask = draw_masks(beta_ratios(spread_ratios(len(x0), generator)), x0.size(1), generator)
         with torch.no_grad():
-            batch = forward_masked(model, model, x0, xt.to(x0.device), mask.to(x0.device))
+            batch = forward_masked(model, model, x0, mask.to(x0.device))
             examples = sampler_examples(model, batch, None, len(x0), generator)
         loss = sampler_loss(model.sampler_head, examples, model.wte.weight)
         optimizer.zero_grad()

@@ -42,20 +42,9 @@ def draw_masks(t, T, generator=None):
     return (u < t[:, None]) | (u == u.amin(1, keepdim=True))
 
 
-def mask_tokens(x0, t, mask_id, generator=None):
-    """Mask tokens of x0 (B, T) int64 as draw_masks draws them: xt (B, T) int64, mask (B, T) bool."""
-    mask = draw_masks(t.to(x0.device), x0.size(1), generator)
-    return torch.where(mask, mask_id, x0), mask
-
-
-def mask_exactly(x0, n, mask_id, generator=None):
-    """Mask exactly n of each sequence's tokens: x0 (B, T) int64 clean ids; n (B,) int64 in 1..T.
-
-    Returns xt (B, T) int64, mask (B, T) bool.
-    """
-    u = torch.rand(x0.shape, generator=generator, device=x0.device)
-    mask = u.argsort(1).argsort(1) < n[:, None]
-    return torch.where(mask, mask_id, x0), mask
+def draw_exact_masks(n, T, generator=None):
+    """Masks of exactly n (B,) int64, in 1..T, of T tokens each, (B, T) bool."""
+    return torch.rand(len(n), T, generator=generator).argsort(1).argsort(1) < n[:, None]
 
 
 def spread_ratios(B, generator=None, device='cpu'):
@@ -77,7 +66,6 @@ def beta_ratios(u):
 class MaskedBatch:
     """A batch after its forward pass: what the losses of model, sampler and critic share."""
     x0: torch.Tensor           # (B, T) clean ids
-    xt: torch.Tensor           # (B, T) masked ids
     mask: torch.Tensor         # (B, T) bool
     hidden: torch.Tensor       # (B, T, C)
     lm_logits: torch.Tensor    # (N, V - 1) at the masked positions
@@ -86,11 +74,14 @@ class MaskedBatch:
     all_masks: torch.Tensor    # (G, T) bool on the CPU, of the global batch
 
 
-def forward_masked(trunk, model, x0, xt, mask, share=None, all_masks=None):
-    """One forward pass over xt -> MaskedBatch. trunk: model, or model compiled; without a share xt is all there is."""
-    hidden = trunk(xt)
+def forward_masked(trunk, model, x0, mask, share=None, all_masks=None):
+    """One forward pass over x0 with its masks -> MaskedBatch.
+
+    trunk: model, or model compiled; share, all_masks: of the global batch, without which x0 is all there is.
+    """
+    hidden = trunk(torch.where(mask, model.mask_id, x0))
     share, all_masks = share or Share(len(x0)), mask.cpu() if all_masks is None else all_masks
-    return MaskedBatch(x0, xt, mask, hidden, model.lm_head(hidden[mask]), x0[mask], share, all_masks)
+    return MaskedBatch(x0, mask, hidden, model.lm_head(hidden[mask]), x0[mask], share, all_masks)
 
 
 def masked_loss(batch):
@@ -257,12 +248,11 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(R, generator=generator)
     n = (spread_ratios(R, torch.Generator().manual_seed(derive(seed, MASK_COUNTS))) * T).ceil().long()[order]
-    xt, mask = mask_exactly(x0.cpu(), n, model.mask_id, generator)
-    xt, mask = xt.to(x0.device), mask.to(x0.device)
+    mask = draw_exact_masks(n, T, generator).to(x0.device)
     nelbo, totals, ranked = [], {}, []
     for i, start in enumerate(bar(range(0, R, batch_size), 'evaluation')):
         part = slice(start, start + batch_size)
-        batch = forward_masked(model, model, x0[part], xt[part], mask[part])
+        batch = forward_masked(model, model, x0[part], mask[part])
         nll = F.cross_entropy(batch.lm_logits, batch.targets, reduction='none')
         per_sequence = nll.new_zeros(batch.mask.shape).masked_scatter(batch.mask, nll).sum(1)
         nelbo.append(per_sequence.cpu().double() / n[part])

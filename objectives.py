@@ -64,8 +64,7 @@ class DiffusionObjective(Objective):
         t = diffusion.beta_ratios(diffusion.spread_ratios(masked.total, generator))
         all_masks = diffusion.draw_masks(t, x0.size(1), generator)
         mask = all_masks[list(masked.numbers)].to(x0.device, non_blocking=True)
-        xt = torch.where(mask, self.model.mask_id, x0)
-        batch = diffusion.forward_masked(self.trunk, self.model, x0, xt, mask, masked, all_masks)
+        batch = diffusion.forward_masked(self.trunk, self.model, x0, mask, masked, all_masks)
         losses, blocks, of_blocks = {'main': diffusion.masked_loss(batch)}, None, {}
         if n_blocks:
             generator = torch.Generator().manual_seed(derive(seed, TEXT_BLOCKS))

@@ -22,7 +22,7 @@ import torch
 
 from blocks import lay_out, views
 from corpus import prepare_text
-from diffusion import forward_masked, mask_exactly
+from diffusion import draw_exact_masks, forward_masked
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)    # tiny models gain nothing from more, and lose much beside another busy process
@@ -201,9 +201,9 @@ def tiny_batch(model, B=8, n_masked=12, seed=0):
     """A MaskedBatch of B sequences of 24 tokens, with n_masked masks in each."""
     generator = torch.Generator().manual_seed(seed)
     x0 = torch.randint(0, model.mask_id, (B, 24), generator=generator)
-    xt, mask = mask_exactly(x0, torch.full((B,), n_masked), model.mask_id, generator)
+    mask = draw_exact_masks(torch.full((B,), n_masked), 24, generator)
     with torch.no_grad():
-        return forward_masked(model, model, x0, xt, mask)
+        return forward_masked(model, model, x0, mask)
 
 
 def masked_sequences(B=6, T=24, V=12, seed=0):

@@ -9,27 +9,23 @@ import torch.nn.functional as F
 import diffusion
 from conftest import tiny_batch, tiny_model
 from decoding import DecoderConfig, decode_window
-from diffusion import beta_ratios, mask_exactly, mask_tokens, spread_ratios
+from diffusion import beta_ratios, draw_exact_masks, draw_masks, spread_ratios
 from model import GPT, GPTConfig
 
 
 def test_masking_ratio_and_both_ends():
-    x0 = torch.zeros(4, 5000, dtype=torch.long)
-    t = torch.tensor([1e-9, 0.25, 0.75, 1.0])
-    xt, mask = mask_tokens(x0, t, 11, torch.Generator().manual_seed(0))
+    mask = draw_masks(torch.tensor([1e-9, 0.25, 0.75, 1.0]), 5000, torch.Generator().manual_seed(0))
     assert mask[0].sum() == 1 and mask[3].all()
     share = mask.float().mean(1)
     assert abs(share[1] - 0.25) < 0.04 and abs(share[2] - 0.75) < 0.04    # six standard errors
-    assert (xt == torch.where(mask, 11, 0)).all()
     for bad in (0.0, 1.1):
         with pytest.raises(ValueError, match='wanted'):
-            mask_tokens(x0, torch.full((4,), bad), 11)
+            draw_masks(torch.full((4,), bad), 5000)
 
 
 def test_exact_numbers_of_masks():
-    x0 = torch.zeros(3, 20, dtype=torch.long)
-    xt, mask = mask_exactly(x0, torch.tensor([1, 7, 20]), 11, torch.Generator().manual_seed(0))
-    assert mask.sum(1).tolist() == [1, 7, 20] and torch.equal(xt, torch.where(mask, 11, 0))
+    mask = draw_exact_masks(torch.tensor([1, 7, 20]), 20, torch.Generator().manual_seed(0))
+    assert mask.sum(1).tolist() == [1, 7, 20]
 
 
 def test_the_bound_has_every_number_of_masks_alike(monkeypatch):
@@ -38,8 +34,7 @@ def test_the_bound_has_every_number_of_masks_alike(monkeypatch):
     The mean of a grid has a standard deviation of 0.7 over offsets: four standard errors.
     """
     model, x0, found = tiny_model(heads=False), torch.zeros(10, 24, dtype=torch.long), []
-    plain = diffusion.mask_exactly
-    monkeypatch.setattr(diffusion, 'mask_exactly', lambda x, n, *rest: found.append(n) or plain(x, n, *rest))
+    monkeypatch.setattr(diffusion, 'draw_exact_masks', lambda n, *rest: found.append(n) or draw_exact_masks(n, *rest))
     for seed in range(100):
         diffusion.validate(model, x0, 10, seed)
     counts = torch.stack(found)
@@ -67,8 +62,7 @@ def test_no_masking_ratio_is_ever_0(drawn, B, monkeypatch):
     for ratios in (t, beta_ratios(t)):
         assert (ratios > 0).all() and (ratios <= 1).all()
         assert (ratios.sort().values == ratios).all() and len(ratios.unique()) == B
-        _, mask = mask_tokens(torch.zeros(B, 8, dtype=torch.long), ratios, 11, torch.Generator().manual_seed(0))
-        assert mask.any(1).all()
+        assert draw_masks(ratios, 8, torch.Generator().manual_seed(0)).any(1).all()
 
 
 def test_beta_ratios_have_the_quantiles_of_beta_2_2():
@@ -134,8 +128,7 @@ def chain_model():
     for step in range(steps):
         optimizer.param_groups[0]['lr'] = 3e-3 * min(1, 2 * (1 - step / steps))
         x0 = chain_sequences(64, rng)
-        xt, mask = mask_tokens(x0, spread_ratios(64), model.mask_id)
-        batch = diffusion.forward_masked(model, model, x0, xt, mask)
+        batch = diffusion.forward_masked(model, model, x0, draw_masks(spread_ratios(64), T))
         losses = diffusion.head_losses(model, batch, seed=step, sampler_rows=128)
         (F.cross_entropy(batch.lm_logits, batch.targets) + losses['sampler']).backward()
         optimizer.step()

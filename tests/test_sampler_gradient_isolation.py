@@ -8,9 +8,8 @@ from conftest import NO_HEADS, checkpoint_in, tiny_model
 
 def losses_of(model):
     x0 = torch.randint(0, 11, (4, 24), generator=torch.Generator().manual_seed(1))
-    t = torch.tensor([0.2, 0.5, 0.8, 1.0])
-    xt, mask = diffusion.mask_tokens(x0, t, model.mask_id, torch.Generator().manual_seed(2))
-    batch = diffusion.forward_masked(model, model, x0, xt, mask)
+    mask = diffusion.draw_masks(torch.tensor([0.2, 0.5, 0.8, 1.0]), 24, torch.Generator().manual_seed(2))
+    batch = diffusion.forward_masked(model, model, x0, mask)
     blocks = next(b for b in (diffusion.forward_blocks(model, model, x0, torch.Generator().manual_seed(seed))[0]
                               for seed in range(99)) if b.last.abs().sum() > 0)    # behind some text
     return diffusion.head_losses(model, batch, seed=0, sampler_rows=4, critic_rows=4, blocks=blocks)
