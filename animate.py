@@ -56,7 +56,7 @@ class Sequence:
         return self.kinds.count(MASKED)
 
 
-def before_decoding(sample, mask_id):
+def before_decoding(sample):
     """A saved sample's ids with [MASK] where the first pass over a position has it."""
     ids = list(sample['tokens'])
     seen = set()

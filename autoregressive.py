@@ -8,7 +8,6 @@ instead of diffusion, so its seconds are measured as a user would get them.
 import torch
 import torch.nn.functional as F
 
-from cache import CachedTrunk
 from metrics import mean_error
 from noise import TOKENS, sample, uniform
 from progress import bar
@@ -36,7 +35,7 @@ def validate(model, x0, batch_size):
 
 
 @torch.no_grad()
-def generate(model, first, length, sequences, seed, temperature=1.0, top_p=1.0):
+def generate(model, first, length, sequences, seed, temperature=1.0):
     """Continue sequences to length tokens, one forward pass for each, over what has been written since the last one.
 
     first (B, n) ids, n >= 1; sequences (B,) int, their numbers for the noise. Returns (B, length) ids. Behind
@@ -47,11 +46,11 @@ def generate(model, first, length, sequences, seed, temperature=1.0, top_p=1.0):
     assert 1 <= n, 'the model continues text and needs a first token'
     u = uniform(seed, TOKENS, sequences, 0, range(length), first.device)
     x, start = F.pad(first, (0, length - n)), 0
-    cached = CachedTrunk(model, B, min(length - 1, block_size))
+    cached = model.reader(B, min(length - 1, block_size))
     with torch.inference_mode():
         for t in range(n, length):
             if t - start > block_size:
                 start, cached.n_read = t - max(1, block_size // 2), 0
             hidden = cached.read(x[:, start + cached.n_read:t])    # the given text at once, then token after token
-            x[:, t] = sample(cached.lm_head(hidden[:, -1]), u[:, t], temperature, top_p)
+            x[:, t] = sample(cached.lm_head(hidden[:, -1]), u[:, t], temperature)
     return x

@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,11 +37,11 @@ from checkpoint import load_model, require_generator
 from configurator import configure
 from corpus import Corpus
 from critic import CriticHead
-from decoding import default_config, generate
+from decoding import default_config, from_nothing
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
 from files import make_folder, write_atomically
-from filling import NaiveFiller, HeadFiller
+from filling import HeadFiller, NaiveFiller
 from model import GPT, GPTConfig
 from settings import Range, check, check_range
 from speculative import Writer
@@ -186,16 +185,15 @@ class Decoding:
     """Text from nothing by masked diffusion, as sample_simple.py writes it."""
 
     def __init__(self, model, config, B, length, decoder, iterations):
-        self.model, self.config, self.shape = model, config, (B, length)
+        self.model, self.config, self.n, self.length = model, config, B, length
         self.decoder = default_config(model, iterations, use_sampler=decoder != 'naive',
                                       revising=decoder in ('revising', 'corrected'),
                                       corrections=8 if decoder == 'corrected' else 0)
         self.passes = self.steps = 0
 
     def __call__(self, clock):
-        x = torch.full(self.shape, self.model.mask_id, device=self.config.device)
         with autocast(self.config.device, self.config.dtype), parts_timed(clock):
-            decoded = generate(self.model, x, torch.ones_like(x, dtype=torch.bool), self.decoder, range(len(x)))
+            decoded = from_nothing(self.model, self.length, self.decoder, range(self.n))
         self.passes, self.steps = decoded.passes, decoded.waves
 
 
@@ -252,11 +250,9 @@ def models(args, config):
         model, _, _ = load_model(args.checkpoint)
         require_generator(model, args.checkpoint)
     else:
-        shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
-        model = GPT(GPTConfig(**shape | {'vocab_size': VOCAB_SIZE}))
+        model = GPT(GPTConfig.of(config, VOCAB_SIZE))
     causal = vars(model.config) | {'attention_type': 'causal', 'add_sampler_head': False, 'add_critic_head': False}
-    dtype = torch.float64 if config.dtype == 'float64' else torch.float32
-    return [m.to(config.device, dtype).eval().requires_grad_(False) for m in (model, GPT(GPTConfig(**causal)))]
+    return [m.to(config.device).eval().requires_grad_(False) for m in (model, GPT(GPTConfig(**causal)))]
 
 
 def decoding_rows(args, config, model, causal):

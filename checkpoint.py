@@ -4,8 +4,8 @@ Keys: model_args (the fields of GPTConfig), model, optimizer, scaler, start_iter
 to learn), iter_num, evaluated (whether the evaluation of that iteration is done), best_val_loss, config (every setting
 of the run), corpus (vocabulary and source), commit. No random states: randomness is a function of seed and iteration.
 
-A checkpoint is a file from a stranger. Every script loads it by load_model or load_for_resume, which check the
-checksums in the file, the fields and their types, the shapes of all weights before memory is taken for any, and that
+A checkpoint is a file from a stranger. load_model and load_for_resume, by which scripts read it, check the checksums
+in the file, the fields and their types, the shapes of all weights before memory is taken for any, and that
 every number is finite.
 """
 import os
@@ -260,9 +260,9 @@ def load_generator(path, corpus, block_size):
 # resuming
 
 def open_for_run(config, meta):
-    """The checkpoint that a run goes on from, None for one from scratch. InputError where it would lose one.
+    """The checkpoint that a run goes on from, with its path; None for a run from scratch.
 
-    meta: of the corpus.
+    meta: of the corpus. InputError where the run would lose a checkpoint.
     """
     if config.init_from != 'resume':
         refuse_to_replace(path_of(config), config)
@@ -318,12 +318,12 @@ def load_for_resume(path, config, meta):
     settings.check_reached(config)
     asked_for = {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')}
     settings.check_learns(config, resumed_start_iter(asked_for, saved), saved['iter_num'])
-    return saved
+    return saved | {'path': path}
 
 
-def fresh_heads(saved, names=('sampler', 'critic')):
+def fresh_heads(saved):
     """Heads that a checkpoint lacks."""
-    return [head for head in names if not saved['model_args'][f'add_{head}_head']]
+    return [head for head in ('sampler', 'critic') if not saved['model_args'][f'add_{head}_head']]
 
 
 def restore(state, saved, asked_for, path):

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import importlib.util
 import json
+import math
 import os
 import urllib.request
 import zlib
@@ -179,6 +180,11 @@ def check_meta(meta):
         raise InputError(f'the corpus has vocab_size={size}, wanted 2 to {2 ** 16}, and counts of at least 0')
 
 
+def bits_per_nat(meta):
+    """Bits per character of the validation split that a nat per token makes; meta: of a corpus."""
+    return meta['val_tokens'] / meta['val_chars'] / math.log(2)
+
+
 def read_ids(path, split, meta):
     """Ids of a split, a memory map (n,) uint16. InputError if the file is not what meta says."""
     again = 'delete the folder\'s files and prepare it again'
@@ -213,11 +219,6 @@ class Corpus:
         self.tokenizer = Tokenizer(self.meta)
         self.splits = {split: read_ids(os.path.join(folder, f'{split}.bin'), split, self.meta)
                        for split in ('train', 'val')}
-
-    @property
-    def chars_per_token(self):
-        """Characters per token of the validation split: 1 for characters."""
-        return self.meta['val_chars'] / self.meta['val_tokens']
 
     def check(self, block_size):
         shortest = min(len(ids) for ids in self.splits.values())

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sampler import LocalContext, gather_neighbors, pad
+from sampler import LocalContext, neighbors
 
 
 class CriticHead(nn.Module):
@@ -28,7 +28,7 @@ class CriticHead(nn.Module):
 
     def forward(self, hidden, x, at, wte):
         """hidden (B, T, C); x (B, T) filled ids; at: sequences and positions (N,); wte (V, C) -> (N,) float32."""
-        around = gather_neighbors(pad(x, self.reach, len(wte) - 1), *at, self.local.offsets, self.reach)
+        around = neighbors(x, at, self.local.offsets, beyond=len(wte) - 1)
         tables, around = self.local.tables_for(wte, around)
         features = self.local(self.local.hidden_proj(hidden[at].detach()), around, tables)
         return self.out(F.gelu(features))[:, 0].float()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import speculative
 from critic import remask_score
-from filling import NaiveFiller, HeadFiller
+from filling import HeadFiller, NaiveFiller
 from noise import (ACCEPTED, CORRECTIONS, KEPT, ORDER, REPLACED, TOKENS, exact, gumbel, margin, numbers, probability,
                    uniform)
 from plans import make_plan
@@ -27,7 +27,7 @@ from plans import make_plan
 
 @dataclass
 class DecoderConfig:
-    """How to decode; every field but use_sampler and order means the same with and without the sampler head."""
+    """How to decode. corrections and the plan 'speculative' need the sampler head, all else means the same without."""
     use_sampler: bool = True
     order: str = 'confidence'       # what is remasked first: 'confidence', 'margin', 'critic', 'random'
     revise: bool = True             # kept tokens may be remasked later; random order revises by remask_kept alone
@@ -352,6 +352,12 @@ def windows(length, block_size):
         end = min(length, spans[-1][1] + block_size - block_size // 4)
         spans.append((end - block_size, end))
     return spans
+
+
+def from_nothing(model, length, config, sequences):
+    """Decoded sequences of length tokens, none of which is given; sequences (B,) int, their numbers for the noise."""
+    x = torch.full((len(sequences), length), model.mask_id, device=model.wte.weight.device)
+    return generate(model, x, torch.ones_like(x, dtype=torch.bool), config, sequences)
 
 
 def generate(model, x, free, config, sequences, on_pass=None, wanted=()):

@@ -37,7 +37,7 @@ import report
 import results
 import signals
 from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
-from corpus import DATA_DIR, Corpus
+from corpus import DATA_DIR, Corpus, bits_per_nat
 from device import DTYPES, autocast, pick_device, pick_dtype
 from distributed import Processes, leave
 from errors import InputError, run
@@ -99,9 +99,7 @@ class Evaluation:
             require_same_vocabulary(other['corpus'], args.evaluator, saved['corpus'])
         self.judge = None
         if args.judge:
-            model, _, other = load_model(args.judge, 'judge')
-            require_same_vocabulary(other['corpus'], args.judge, saved['corpus'])
-            self.judge = Judge(model.to(self.device), args.judge, other['corpus'])
+            self.judge = Judge.load(args.judge, saved['corpus'], self.device)
         self.corpus = Corpus(saved['corpus']['name'], args.data_dir)
         require_same_vocabulary(saved['corpus'], args.checkpoint, self.corpus.meta)
         weights = torch.float64 if self.dtype == 'float64' else torch.float32
@@ -163,14 +161,13 @@ class Evaluation:
         sequences = self.corpus.spread_rows('val', n, self.model.config.block_size)
         with autocast(self.device, self.dtype):
             bound = diffusion.validate(self.model, torch.from_numpy(sequences).to(self.device), 64, self.seed)
-        bits = 1 / math.log(2) / self.corpus.chars_per_token
+        bits = bits_per_nat(self.corpus.meta)
         bound |= {'bits_per_character': bound['nelbo'] * bits, 'bits_error': bound['nelbo_error'] * bits}
         self.result['validation'] = bound
         self.save()
 
     def decode(self, setting, sequences):
         """Samples with these numbers, (B, T) ids, and the seconds they took."""
-        B = len(sequences)
         synchronize(self.device)
         start = time.perf_counter()
         with autocast(self.device, self.dtype):
@@ -179,9 +176,7 @@ class Evaluation:
                 x = autoregressive.generate(self.evaluator, first, self.length, sequences, self.seed,
                                             setting.temperature)
             else:
-                x = torch.full((B, self.length), self.tokenizer.mask_id, device=self.device)
-                free = torch.ones_like(x, dtype=torch.bool)
-                x = decoding.generate(self.model, x, free, setting.decoder_config(self.seed), sequences).x
+                x = decoding.from_nothing(self.model, self.length, setting.decoder_config(self.seed), sequences).x
         synchronize(self.device)
         return x, time.perf_counter() - start
 

@@ -18,12 +18,12 @@ LOCAL = ('out_dir', 'data_dir', 'generator_checkpoint', 'trunk_checkpoint', 'wan
          'wandb_run_name')
 
 
-def exported(saved, dtype=torch.bfloat16):
-    """The part of a checkpoint that decoding needs, floating-point weights in dtype; names of local paths are left out.
+def exported(saved):
+    """The part of a checkpoint that decoding needs, its weights in bfloat16; names of local paths are left out.
 
     Every reader of checkpoints but --init_from=resume takes it; computation stays in the precision that they choose.
     """
-    weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in saved['model'].items()}
+    weights = {name: w.to(torch.bfloat16) if w.is_floating_point() else w for name, w in saved['model'].items()}
     config = {name: value for name, value in saved['config'].items() if name not in LOCAL}
     return {name: saved[name] for name in KEPT if name in saved} | {'model': weights, 'config': config}
 

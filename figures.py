@@ -4,9 +4,18 @@ import io
 from files import write_atomically
 
 
+def pyplot():
+    """matplotlib.pyplot, which opens no window."""
+    import matplotlib    # not above: it takes a second
+    matplotlib.use('Agg')
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 def save(figure, stem):
     """Write a matplotlib figure as stem.png and stem.svg. WriteError where that cannot be, as on a full disk."""
     for kind in ('png', 'svg'):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=120)
         write_atomically(f'{stem}.{kind}', buffer.getvalue())
+    pyplot().close(figure)

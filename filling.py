@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from layers import norm
 from noise import pieces, probability, sample
-from sampler import confidence, first_positions, gather_neighbors, pad, uncast, wave_numbers
+from sampler import confidence, first_positions, neighbors, padded_neighbors, uncast, wave_numbers
 
 
 @contextmanager
@@ -111,7 +111,7 @@ class HeadFiller:
             sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
             hidden, u = hidden[sequences, positions], u[sequences, positions]
             view, projected = self.view(hidden), self.head.project(hidden)
-            x = pad(xt, reach, self.mask_id)
+            x = F.pad(xt, (reach, reach), value=self.mask_id)
             start = 0
             for number, size in enumerate(sizes):
                 now = slice(start, start + size)
@@ -119,7 +119,7 @@ class HeadFiller:
                 if number == 0:
                     drawn = self.draw(view[now], u[now], first, top_p)
                 else:
-                    features = self.features(projected[now], self.around(x, at))
+                    features = self.features(projected[now], padded_neighbors(x, at, self.head.local.offsets))
                     drawn = self.draw(view[now], u[now], temperature, top_p, features)
                 x[at[0], at[1] + reach] = drawn    # when the wave is done: its positions do not see each other
                 start += size
@@ -136,7 +136,7 @@ class HeadFiller:
             for parity in (0, 1):
                 at = (mask & (odd == parity)).nonzero(as_tuple=True)
                 view = hidden[at]
-                features = self.features(self.head.project(view), self.around(pad(x, self.reach, self.mask_id), at))
+                features = self.features(self.head.project(view), self.around(x, at))
                 x[at] = self.draw(self.view(view), u[at], temperature, top_p, features)
         return x, mask * odd, 2
 
@@ -248,13 +248,13 @@ class HeadFiller:
         with uncast(hidden):
             hidden = hidden[at]
             view, projected = self.view(hidden), self.head.project(hidden)
-            features = self.features(projected, self.around(pad(x, self.reach, self.mask_id), at))
+            features = self.features(projected, self.around(x, at))
             return torch.cat([by(self.logits(view[part], features[part]), x[at[0][part], at[1][part]])
                               for part in pieces(len(view), len(self.wte))])
 
-    def around(self, padded, at):
-        """Ids (N, 2 * reach) beside positions: padded (B, T + 2 reach), at: sequences and positions (N,)."""
-        return gather_neighbors(padded, *at, self.head.local.offsets, self.reach)
+    def around(self, x, at):
+        """Ids (N, 2 * reach) beside positions: x (B, T), at: sequences and positions (N,)."""
+        return neighbors(x, at, self.head.local.offsets, self.mask_id)
 
     def view(self, hidden):
         """What the trunk says of positions, for the head to move: hidden (..., C) -> (..., V - 1 or C)."""

@@ -5,8 +5,8 @@ there at temperature 0.8, those that revise among them, is held against the true
 how many of the words that lie in the gap or reach into it the training text has.
 
 gaps.json holds the identity of what was measured and a list of entries: measure (a key of MEASURES), decoder ('naive',
-'sampler head'), method of those that are sampled from, passes made, gap (tokens), value, its standard error over
-sequences, and values, one for each sequence, null for one without a word there.
+'sampler head', 'the text itself'), method of those that are sampled from, passes made, gap (tokens), value, its
+standard error over sequences, and values, one for each sequence, null for one without a word there.
 """
 import json
 import os
@@ -24,6 +24,7 @@ from likelihood import log_likelihood
 from metrics import WORD, mean_error, words_of
 from noise import POSITIONS, uniform
 from plans import make_plan
+from tables import markdown, value_text
 
 GAPS = (4, 12, 40)    # tokens: those that are no longer than a quarter of a sequence
 SEQUENCES = 96        # validation sequences
@@ -116,12 +117,10 @@ class GapTable:
         """Markdown of one measure: a line for each way of filling, a column for each gap; then the head less naive."""
         entries = {(e['decoder'], e['method'], e['passes'] if measure == 'nats_per_token' else 0, e['gap']): e
                    for e in self.entries if e['measure'] == measure}
-        lines = ['| decoder | forward passes | ' + ' | '.join(f'gap of {gap}' for gap in self.gaps) + ' |',
-                 '|' + '---|' * (2 + len(self.gaps))]
+        rows = []
 
         def add(name, passes, cells):
-            shown = ['-' if value is None else f'{value:.3f} ±{error:.3f}' for value, error in cells]
-            lines.append(f'| {name} | {passes} | {" | ".join(shown)} |')
+            rows.append((name, passes, *(value_text(*cell) for cell in cells)))
         ways = sorted({key[:3] for key in entries}, key=lambda way: (way[2], way[1], way[0]))
         for decoder, method, passes in ways:
             of = [entries.get((decoder, method, passes, gap)) for gap in self.gaps]
@@ -133,7 +132,7 @@ class GapTable:
             pairs = [[entries.get((name, method, passes, gap)) for name in ('sampler head', 'naive')]
                      for gap in self.gaps]
             add(f'head less naive{", " * bool(method)}{method}', passes or '', [difference(*pair) for pair in pairs])
-        return '\n'.join(lines)
+        return markdown(('decoder', 'forward passes', *(f'gap of {gap}' for gap in self.gaps)), rows)
 
 
 def difference(a, b):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import memory
 import signals
 from animate import PLACEHOLDER, Animation
-from checkpoint import load_model, require_generator, require_same_vocabulary, untrained_heads
+from checkpoint import load_model, require_generator, untrained_heads
 from choices import ANY_PASSES
 from decoding import default_config, default_ratios, generate, linear_ratios, windows
 from device import autocast, pick_dtype
@@ -133,9 +133,7 @@ def load_judge(args, corpus, device):
     path = args.judge_checkpoint_name
     if not os.path.exists(path):
         path = os.path.join(args.out_dir, path)
-    model, _, saved = load_model(path, 'judge')
-    require_same_vocabulary(saved['corpus'], path, corpus)
-    return Judge(model.to(device), path, saved['corpus'])
+    return Judge.load(path, corpus, device)
 
 
 def record(step, i):

@@ -8,12 +8,13 @@ which tokens the decoder generated. Asking instead which tokens differ from the 
 could have been another. A target for every token teaches more than one for the whole sequence (ELECTRA,
 https://arxiv.org/abs/2003.10555). A causal model can judge too, by bits per character.
 """
-import math
 
 import torch
 import torch.nn.functional as F
 
 import autoregressive
+from checkpoint import load_model, require_same_vocabulary
+from corpus import bits_per_nat
 from decoding import decode_window, default_config
 from diffusion import draw_masks, spread_ratios
 from errors import InputError
@@ -78,9 +79,16 @@ class Judge:
         if not self.is_scorer and model.config.attention_type != 'causal':
             raise InputError(f'{path!r} is a masked-diffusion model, wanted a judge: a sequence scorer '
                              f'(config/train_judge.py) or a causal model (config/train_char_ar.py)')
-        self.bits = corpus_meta['val_tokens'] / corpus_meta['val_chars'] / math.log(2)
+        self.bits = bits_per_nat(corpus_meta)
         self.meaning = 'mean chance that a token is real text, 0 to 1, high is good' if self.is_scorer else \
             'bits per character under a causal model, low is good'
+
+    @classmethod
+    def load(cls, path, corpus, device):
+        """The judge at path. InputError unless its vocabulary is that of corpus, a corpus's meta."""
+        model, _, saved = load_model(path, 'judge')
+        require_same_vocabulary(saved['corpus'], path, corpus)
+        return cls(model.to(device), path, saved['corpus'])
 
     @torch.no_grad()
     def score(self, x):

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import speculative
-from noise import exact, pieces
-from sampler import gather_neighbors, pad, uncast
+from noise import log_probability, pieces
+from sampler import neighbors, uncast
 
 
 @torch.no_grad()
@@ -55,8 +55,7 @@ def log_likelihood(model, x0, plan, use_sampler=True):
                 logits = sampler_logits(model, x0, key, wave_of, hidden, at, last, state)
             else:
                 logits = model.lm_head(hidden[at])
-            log_prob = torch.log_softmax(exact(logits), -1).gather(1, x0[at][:, None])[:, 0]
-            result[at[0].cpu(), at[1].cpu()] = log_prob.cpu().double()
+            result[at[0].cpu(), at[1].cpu()] = log_probability(logits, x0[at]).cpu().double()
     return result
 
 
@@ -75,8 +74,7 @@ def speculated(model, x0, plan):
     reader = model.reader(B, T)
     read = reader.read(x0[:, :-1])
     for t in range(T - 1):    # one position at a time: of a large vocabulary no more logits than in training
-        log_prob = torch.log_softmax(exact(reader.lm_head(read[:, t])), -1)
-        trunk[:, t + 1] = log_prob.gather(1, x0[:, t + 1, None])[:, 0].cpu().double()
+        trunk[:, t + 1] = log_probability(reader.lm_head(read[:, t]), x0[:, t + 1]).cpu().double()
     trunk = torch.where(plan.pass_of.cpu() < 0, 0.0, trunk)    # what is given is never rejected
     target = speculative.mixture(trunk, draft)
     result = draft.clone()
@@ -117,12 +115,11 @@ def sampler_logits(model, x0, key, wave_of, hidden, at, last, state):
     """
     head, offsets = model.sampler_head, model.sampler_head.local.offsets
     with uncast(hidden):    # as in decoding
-        key_around = gather_neighbors(pad(key, head.reach, 1 << 40), *at, offsets, head.reach)
-        known = key_around < key[at][:, None]
+        known = neighbors(key, at, offsets, 1 << 40) < key[at][:, None]
         if state is not None:
             known = known & (offsets < 0)
-        around = gather_neighbors(pad(x0, head.reach, model.mask_id), *at, offsets, head.reach)
-        tables, around = head.local.tables_for(model.wte.weight, torch.where(known, around, model.mask_id))
+        around = torch.where(known, neighbors(x0, at, offsets, model.mask_id), model.mask_id)
+        tables, around = head.local.tables_for(model.wte.weight, around)
         view = hidden[at]
         projected = head.project(view, None if last is None else last[at[0]])
         adjusted = head(view, projected, around, tables, None if state is None else state[at])

@@ -7,7 +7,6 @@ autoregressive baseline on the same sequences, bits_per_character, seconds for t
 at temperature 1, all decoders by turns. What they depend on is in likelihood_identity.json.
 """
 import json
-import math
 import os
 from contextlib import suppress
 
@@ -19,6 +18,7 @@ import decoding
 import diffusion
 import figures
 import results
+from corpus import bits_per_nat
 from device import autocast
 from errors import InputError
 from files import make_folder, require_file, write_atomically
@@ -26,6 +26,7 @@ from filling import HeadFiller
 from likelihood import log_likelihood
 from metrics import mean_error
 from plans import make_plan
+from tables import markdown, value_text
 from timing import in_turn, medians
 
 SEQUENCES = 432    # validation sequences at most, as many as train.py's evaluations have
@@ -68,7 +69,7 @@ def plan_of(model, name, passes, seed, sequences, device):
     T, first = model.config.block_size, None
     if name == 'wavefront':
         blank = torch.full((1, T), model.mask_id, device=device)
-        first = HeadFiller(model).first(torch.ones_like(blank, dtype=torch.bool), model(blank))
+        first = HeadFiller.of(model).first(torch.ones_like(blank, dtype=torch.bool), model(blank))
     return make_plan(name, T, passes, seed, sequences, first, device=device)
 
 
@@ -133,7 +134,7 @@ def measure_likelihood(evaluation, rows, decoder, name, passes):
         values = torch.cat(nll).tolist()
     if values:
         nats, error = mean_error(values)
-    bits = 1 / math.log(2) / evaluation.corpus.chars_per_token
+    bits = bits_per_nat(evaluation.corpus.meta)
     return {'decoder': decoder, 'plan': name, 'passes': passes, 'passes_made': passes, 'waves': passes,
             'nats_per_token': nats, 'error': error, 'values': values, 'bits_per_character': nats * bits,
             'seconds': None, 'seconds_1': None}
@@ -157,8 +158,7 @@ class Sampling:
         if self.is_baseline:
             autoregressive.generate(self.evaluation.evaluator, self.first, T + 1, range(n), seed)
         else:
-            x = torch.full((n, T), model.mask_id, device=self.first.device)
-            self.decoded = decoding.generate(model, x, torch.ones_like(x, dtype=torch.bool), self.config, range(n))
+            self.decoded = decoding.from_nothing(model, T, self.config, range(n))
 
 
 def measure_seconds(evaluation, entries, progress):
@@ -176,24 +176,21 @@ def measure_seconds(evaluation, entries, progress):
 
 def table(entries):
     """Markdown, in the order of the entries."""
-    lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
+    rows = []
     for e in entries:
-        seconds = ' | '.join('-' if e[key] is None else f'{e[key]:.2f}' for key in ('seconds_1', 'seconds'))
-        less = '-' if e['less_baseline'] is None else f'{e["less_baseline"]:+.3f} ±{e["less_baseline_error"]:.3f}'
         passes = f'{e["passes_made"]} of {e["passes"]}' if e['passes_made'] < e['passes'] else e['passes']
-        nats = f'{e["nats_per_token"]:.3f} ±{e["error"]:.3f} | {less}'
-        lines.append(f'| {NAMES[e["decoder"]]} | {e["plan"]} | {passes} | {e["waves"]} | {nats} | '
-                     f'{e["bits_per_character"]:.3f} | {seconds} |')
-    return '\n'.join(lines)
+        rows.append((NAMES[e['decoder']], e['plan'], passes, e['waves'],
+                     value_text(e['nats_per_token'], e['error']),
+                     value_text(e['less_baseline'], e['less_baseline_error'], sign='+'),
+                     f'{e["bits_per_character"]:.3f}',
+                     *('-' if e[key] is None else f'{e[key]:.2f}' for key in ('seconds_1', 'seconds'))))
+    return markdown(COLUMNS, rows)
 
 
 def plot(entries, corpus, path):
     """Bits per character over forward passes and over seconds: path without its ending, as .png and .svg."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
+    figure, axes = figures.pyplot().subplots(1, 2, figsize=(10, 4.8), sharey=True)
     styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
     lines = {'random': ':', 'interleaved': '--', 'speculative': '-', 'blocks': (0, (8, 2)), 'spans': '-.'}
     markers = {'left-to-right': '>', 'fronts-4': 'D', 'fronts-16': 'v', 'wavefront': '*'}    # of one pass
@@ -221,7 +218,6 @@ def plot(entries, corpus, path):
     figure.legend(*axes[0].get_legend_handles_labels(), loc='lower center', ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figures.save(figure, path)
-    plt.close(figure)
 
 
 def name_what_is_above(axis, entries, key):

@@ -91,11 +91,9 @@ def whole_words(text):
 
 
 def in_vocabulary(texts, vocabulary):
-    """Share of whole words that are in vocabulary, and share of the words' characters in words that are not."""
+    """Share of whole words that are in vocabulary."""
     words = [word for text in texts for word in whole_words(text)]
-    unknown = [word for word in words if word not in vocabulary]
-    letters = sum(map(len, words))
-    return 1 - len(unknown) / max(1, len(words)), sum(map(len, unknown)) / max(1, letters)
+    return sum(word in vocabulary for word in words) / max(1, len(words))
 
 
 def hashes(text, n):
@@ -198,15 +196,11 @@ def measures(texts, reference):
     real = {n: [hashes(text, n) for text in reference.held_out] for n in range(1, 6)}
     pool = pool_size(texts)
     pick = lambda n, kept: [grams[n][i] for i in kept]
-    words = lambda kept: in_vocabulary([texts[i] for i in kept], reference.vocabulary)
-    js = lambda n: lambda kept: divergence(pick(n, kept), real[n])
     return {
         'entropy': lambda kept: unigram_entropy(pick(1, kept)),
         'distinct4': lambda kept: distinct_ngrams(pick(4, kept), pool),
-        'in_vocabulary_words': lambda kept: words(kept)[0],
-        'characters_in_unknown_words': lambda kept: words(kept)[1],
-        **{f'divergence{n}': js(n) for n in real},
-        'divergence': lambda kept: sum(js(n)(kept) for n in real) / len(real),
+        'in_vocabulary_words': lambda kept: in_vocabulary([texts[i] for i in kept], reference.vocabulary),
+        'divergence': lambda kept: sum(divergence(pick(n, kept), real[n]) for n in real) / len(real),
         'repeated_within': lambda kept: repeated_within(pick(LONG, kept)),
         'repeated_across': lambda kept: repeated_across(pick(LONG, kept)),
         'in_training_text': lambda kept: share_found(pick(LONG, kept), reference.memory),

@@ -10,6 +10,8 @@ import checkpoint
 from errors import InputError
 from files import require_file, write_atomically
 
+LARGEST = 1e30    # of any figure that is drawn
+
 
 class MetricsLog:
     """Appends entries {'iter': ..., 'split': 'train' or 'val' if of an evaluation, figures}.
@@ -87,3 +89,17 @@ def read(path, before, evaluated=True):
         if isinstance(entry, dict) and type(entry.get('iter')) is int:
             entries.append({k: v for k, v in entry.items() if v is not None})
     return [e for e in entries if e['iter'] < before or evaluated and e['iter'] == before and 'split' in e]
+
+
+def of_run(path):
+    """Entries of a run: path is its folder or its metrics.jsonl. InputError where there are none, or no figures."""
+    file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
+    entries = [entry for entry in read(file, math.inf) if set(entry) - {'iter', 'split'}]
+    fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
+               for k, v in entry.items() if k != 'split')
+    if not entries or not fine:
+        raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
+                         f'metrics.jsonl that train.py writes')
+    return entries

@@ -7,8 +7,7 @@ References:
 nanoGPT, the shape of this file: https://github.com/karpathy/nanoGPT
 MDLM, masked diffusion without time conditioning: https://arxiv.org/abs/2406.07524
 """
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -20,11 +19,6 @@ from layers import Block, norm, rotary_tables
 from sampler import SamplerHead
 
 
-class ModelMode(str, Enum):
-    LANGUAGE_MODEL = 'language_model'     # a distribution over tokens at each position
-    SEQUENCE_SCORER = 'sequence_scorer'   # one score for a whole sequence: the judge
-
-
 @dataclass
 class GPTConfig:
     block_size: int = 256
@@ -34,7 +28,7 @@ class GPTConfig:
     n_embd: int = 384
     dropout: float = 0.0
     attention_type: str = 'bidirectional'    # or 'causal'
-    model_mode: str = 'language_model'       # or 'sequence_scorer'
+    model_mode: str = 'language_model'       # or 'sequence_scorer': a judge, a logit for each token
     add_sampler_head: bool = False
     start_sampler_iteration: int = 1000
     sampler_min_neighbors_ratio: float = 0.01
@@ -45,6 +39,12 @@ class GPTConfig:
     start_critic_iteration: int = 3000
     end_critic_iteration: int = 5000
     critic_alpha: float = 1.0
+
+    @classmethod
+    def of(cls, config, vocab_size):
+        """From the settings of a run, a namespace."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if f.name != 'vocab_size'},
+                   vocab_size=vocab_size)
 
 
 class GPT(nn.Module):
@@ -64,7 +64,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)    # each block starts as the identity
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-        self.score_head = nn.Linear(config.n_embd, 1) if config.model_mode == ModelMode.SEQUENCE_SCORER else None
+        self.score_head = nn.Linear(config.n_embd, 1) if config.model_mode == 'sequence_scorer' else None
         # heads come last, so that the trunk starts the same with and without them
         self.sampler_head = self.critic_head = None
         if config.add_sampler_head:

@@ -74,9 +74,13 @@ def gumbel(u):
     return -(-u.log()).log()
 
 
-def exact(x, device=None):
-    """x in float64, or in float32 for a device that has no float64 (mps)."""
-    return x.float() if (device or x.device).type == 'mps' else x.double()
+def exact_dtype(device):
+    """float64, or float32 for a device that has no float64 (mps)."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def exact(x):
+    return x.to(exact_dtype(x.device))
 
 
 def sample(logits, u, temperature=1.0, top_p=1.0):
@@ -114,7 +118,7 @@ def invert(weight, u):
     One without weight never is it. Of a large vocabulary, the sums of GROUP tokens are run over first.
     """
     N, V = weight.shape
-    dtype = torch.float32 if weight.device.type == 'mps' else torch.float64
+    dtype = exact_dtype(weight.device)
     u = u.to(dtype).unsqueeze(1)
     if V > 4 * GROUP:
         weight = F.pad(weight, (0, -V % GROUP)).unflatten(-1, (-1, GROUP))
@@ -132,7 +136,11 @@ def invert(weight, u):
 
 def probability(logits, ids):
     """Probability of ids (N,) under logits (N, V) at temperature 1, (N,)."""
-    return torch.softmax(exact(logits), -1).gather(-1, ids[:, None])[:, 0]
+    return log_probability(logits, ids).exp()
+
+
+def log_probability(logits, ids):
+    return torch.log_softmax(exact(logits), -1).gather(-1, ids[:, None])[:, 0]
 
 
 def margin(logits, ids=None):

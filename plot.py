@@ -11,14 +11,12 @@ import argparse
 import math
 import os
 
-import matplotlib
-
-matplotlib.use('Agg')    # no window
-import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
 from errors import InputError, run
+
+plt = figures.pyplot()
 
 # names of figures, the title of their panel, where they come from; 'smoothed' is 'batch' averaged over neighbours
 PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('blocks',), 'loss of blocks, nats', 'smoothed'),
@@ -28,7 +26,6 @@ PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('blocks',), 'loss of blo
           (('critic_auc',), "critic's area under ROC", 'evaluation'),
           (('learning_rate',), 'learning rate', 'batch'), (('ms',), 'milliseconds per iteration', 'smoothed'))
 STYLES = {'val': '-', 'train': '--'}
-LARGEST = 1e30    # of any figure: beyond, there is nothing to draw
 BORDERS = {'sampler': '-.', 'critic': ':'}
 
 
@@ -45,31 +42,16 @@ def main():
     stem = args.output.removesuffix('.png').removesuffix('.svg')
     if not os.path.basename(stem):
         raise InputError(f'-o {args.output!r}, wanted a name, such as curves')
-    runs = {path: read(path) for path in args.runs}
+    import metrics_log    # not above: it brings torch, for which --help would wait
+    runs = {path: metrics_log.of_run(path) for path in args.runs}
     plt.style.use('tableau-colorblind10')
     figure = draw(runs)
     figures.save(figure, stem)
-    plt.close(figure)
     print(f'saved {stem}.png and {stem}.svg')
 
 
 # -----------------------------------------------------------------------------
 # reading
-
-def read(path):
-    """Entries of a run: path is its folder or its metrics.jsonl. InputError where there are none."""
-    import metrics_log    # not above: it brings torch, for which --help would wait
-    file = os.path.join(path, 'metrics.jsonl') if os.path.isdir(path) else path
-    if not os.path.isfile(file):
-        raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
-    entries = [entry for entry in metrics_log.read(file, math.inf) if set(entry) - {'iter', 'split'}]
-    fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
-               for k, v in entry.items() if k != 'split')
-    if not entries or not fine:
-        raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '
-                         f'metrics.jsonl that train.py writes')
-    return entries
-
 
 def curve(entries, name, split=None):
     """Iterations and values (n,) of a figure: of training batches, or of evaluations of a split."""

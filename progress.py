@@ -5,10 +5,10 @@ import sys
 from tqdm import tqdm
 
 
-def bar(steps, what, show=True):
-    """Go through steps, with a bar that is gone when they are done; show False: without."""
+def bar(steps, what):
+    """Go through steps, with a bar that is gone when they are done."""
     first = not int(os.environ.get('RANK', 0))    # of several processes
-    return tqdm(steps, what, leave=False, disable=not (show and first and sys.stderr.isatty()))
+    return tqdm(steps, what, leave=False, disable=not (first and sys.stderr.isatty()))
 
 
 def duration(seconds):

@@ -13,6 +13,7 @@ import figures
 from files import write_atomically
 from metrics import jackknife_error
 from progress import passes_text
+from tables import markdown, value_text
 
 # real text's diversity. A wider band would let a decoder buy likelihood with repetition: four passes gained 0.14 nats
 # from temperature 1 to 0.8, more than most decoders differ by, and lost 9% of their distinct 4-grams. Both sides count,
@@ -122,10 +123,6 @@ def difference(a, b, name):
 # -----------------------------------------------------------------------------
 # sentences and table
 
-def value_text(value, error, digits=3):
-    return f'{value:.{digits}f} ±' + ('?' if math.isnan(error) else f'{error:.{digits}f}')
-
-
 def nll_text(point):
     return value_text(point['nll']['value'], point['nll']['error'])
 
@@ -178,23 +175,23 @@ def sentences(points, batch):
     return text
 
 
-def table_line(name, entry, columns):
+def table_row(name, entry, columns):
     figures = [value_text(entry[c]['value'], entry[c]['error']) if c in entry else '-' for c in columns]
     extra = [f'{entry[c]:.2f}' if c in entry else '-' for c in ('temperature', 'seconds_1', 'seconds_batch')]
-    return f'| {name} | ' + ' | '.join([extra[0], *figures, *extra[1:]]) + ' |'
+    return name, extra[0], *figures, *extra[1:]
 
 
 def table(real, points, batch):
     """Real text and every decoder with each number of passes, at real text's diversity. Markdown."""
     columns = [c for c in COLUMNS if c in real]
     head = ['decoder', 'temperature', *(COLUMNS[c] for c in columns), 'seconds, 1 sample', f'seconds, {batch} samples']
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|', table_line('real text', real, columns)]
+    rows = [table_row('real text', real, columns)]
     for (decoder, passes), point in points.items():
         name = f'{decoder}, {passes_text(passes)}'
         if point and point['schedule'] and passes > 1:
             name += f' ({point["schedule"]}' + (f', noise {point["noise"]:g})' if point['noise'] else ')')
-        lines.append(table_line(name, point or {}, columns))
-    return '\n'.join(lines)
+        rows.append(table_row(name, point or {}, columns))
+    return markdown(head, rows)
 
 
 # -----------------------------------------------------------------------------
@@ -284,9 +281,7 @@ def entries(points):
 
 def write(result, keys, out_dir):
     """Print table and sentences for the settings with these keys; write report.md, report.json and the figures."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = figures.pyplot()
     settings, real = [result['settings'][key] for key in keys], result['reference']['real text']
     points = best_points(settings, real)
     parts = heading(result, settings), table(real, points, result['batch']), sentences(points, result['batch'])
@@ -297,5 +292,4 @@ def write(result, keys, out_dir):
     drawn = {'curves': draw_curves(plt, result, settings, points), 'frontier': draw_frontier(plt, result, points)}
     for name, figure in drawn.items():
         figures.save(figure, os.path.join(out_dir, name))
-        plt.close(figure)
     print(f'{out_dir} holds evaluation.json, report.md, report.json, and curves and frontier as png and svg')

@@ -180,13 +180,19 @@ def first_positions(mask, score, ratio):
     return first & mask.all(1, keepdim=True)
 
 
-def pad(x, reach, value):
-    return F.pad(x, (reach, reach), value=value)
+def neighbors(x, at, offsets, beyond):
+    """What stands beside positions: x (B, T), at: sequences and positions (N,), offsets (S,) -> (N, S).
+
+    offsets: from -reach to reach; beyond: what is taken to stand before the first position and behind the last.
+    """
+    reach = len(offsets) // 2
+    return padded_neighbors(F.pad(x, (reach, reach), value=beyond), at, offsets)
 
 
-def gather_neighbors(padded, sequences, positions, offsets, reach):
-    """Entries at the given offsets: padded (B, T + 2 reach); sequences, positions (N,); offsets (S,) -> (N, S)."""
-    return padded[sequences[:, None], positions[:, None] + reach + offsets]
+def padded_neighbors(padded, at, offsets):
+    """As neighbors, of padded (B, T + 2 reach)."""
+    sequences, positions = at
+    return padded[sequences[:, None], positions[:, None] + len(offsets) // 2 + offsets]
 
 
 # -----------------------------------------------------------------------------
@@ -213,21 +219,17 @@ def together(parts):
                            state_of=torch.cat(state_of), total=sum(part.total for part in parts))
 
 
-def known_neighbors(x0, resample_mask, first, sequences, positions, offsets, mask_id):
+def known_neighbors(x0, resample_mask, first, at, offsets, mask_id):
     """Neighbours of positions as decoding would know them, read from the clean sequence.
 
     x0 (B, T) ids; resample_mask (B, T) bool, to be filled; first (B, T) bool, those that the language-model head fills;
-    sequences, positions (N,). A position that a wave fills sees what earlier waves filled; every other one is rescored,
-    when all is filled. Returns (N, S) ids, [MASK] where not yet known.
+    at: sequences and positions (N,). A position that a wave fills sees what earlier waves filled; every other one is
+    rescored, when all is filled. Returns (N, S) ids, [MASK] where not yet known.
     """
-    reach = len(offsets) // 2
     wave = wave_numbers(resample_mask, first)
-    filled_by_wave = (resample_mask & ~first)[sequences, positions]
-    own_wave = torch.where(filled_by_wave, wave[sequences, positions], 1 << 29)
-    # positions beyond the ends are never known
-    wave_around = gather_neighbors(pad(wave, reach, 1 << 30), sequences, positions, offsets, reach)
-    around = gather_neighbors(pad(x0, reach, mask_id), sequences, positions, offsets, reach)
-    return torch.where(wave_around < own_wave[:, None], around, mask_id)
+    own_wave = torch.where((resample_mask & ~first)[at], wave[at], 1 << 29)
+    known = neighbors(wave, at, offsets, 1 << 30) < own_wave[:, None]    # beyond the ends nothing ever is
+    return torch.where(known, neighbors(x0, at, offsets, mask_id), mask_id)
 
 
 def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True):
@@ -286,7 +288,7 @@ def wavefront_examples(model, batch, chosen, blank, blank_hidden, generator, aug
     with uncast(blank_hidden):    # as the decoder reads it
         score = confidence(model.lm_head(blank_hidden)).expand(mask.shape)
     first = first_positions(resample_mask, score, model.config.sampler_min_neighbors_ratio)
-    around = known_neighbors(x0, resample_mask, first, *mask.nonzero(as_tuple=True), model.sampler_head.local.offsets,
+    around = known_neighbors(x0, resample_mask, first, mask.nonzero(as_tuple=True), model.sampler_head.local.offsets,
                              model.mask_id)
     return SamplerExamples(hidden[mask], x0[mask], around, torch.zeros_like(hidden[mask]),
                            torch.full_like(x0[mask], -1), x0[:0], total)
@@ -299,7 +301,7 @@ def from_left_examples(model, text, positions, hidden, last, n_global):
     """
     (R, T), head = text.shape, model.sampler_head
     sequences, at = torch.arange(R, device=text.device).repeat_interleave(len(positions)), positions.repeat(R)
-    around = gather_neighbors(pad(text, head.reach, model.mask_id), sequences, at, head.local.offsets, head.reach)
+    around = neighbors(text, (sequences, at), head.local.offsets, model.mask_id)
     around = torch.where(head.local.offsets < 0, around, model.mask_id)
     return SamplerExamples(hidden.flatten(0, 1), text[sequences, at], around, last.flatten(0, 1), sequences * T + at,
                            text, n_global * len(positions))

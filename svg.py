@@ -68,7 +68,7 @@ def animated(saves, sample=0):
 def passes_of(saved, sample, columns):
     """The lines of a sample after every wave: [[lines of a wave] of a pass], the first pass begins with the start."""
     tokenizer, chosen = Tokenizer(saved['vocabulary']), saved['samples'][sample]
-    sequence, piece = Sequence(before_decoding(chosen, tokenizer.mask_id), tokenizer.mask_id), pieces_of(tokenizer)
+    sequence, piece = Sequence(before_decoding(chosen), tokenizer.mask_id), pieces_of(tokenizer)
     passes = [[lay_out(sequence, piece, columns)]]
     for one in chosen['iterations']:
         passes.append([lay_out(sequence, piece, columns) for _ in sequence.play(one)] or [passes[-1][-1]])

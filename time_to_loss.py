@@ -1,7 +1,4 @@
 """How long a run trained until each of its evaluations: seconds against its bound or likelihood, from metrics.jsonl."""
-import math
-import os
-
 import metrics_log
 from errors import InputError
 
@@ -21,13 +18,10 @@ def training_seconds(entries, it):
 
 def table(out_dir):
     """Lines of a table: iteration, seconds of training, figure of every evaluation. InputError without any."""
-    path = os.path.join(out_dir, 'metrics.jsonl')
-    if not os.path.isfile(path):
-        raise InputError(f'no {path!r}; wanted the --out_dir of a run of train.py')
-    entries = metrics_log.read(path, math.inf)
+    entries = metrics_log.of_run(out_dir)
     figures = [(entry['iter'], name, entry[name]) for entry in entries if entry.get('split') == 'val'
                for name in ('nelbo', 'nll', 'loss') if name in entry]
     if not figures:
-        raise InputError(f'{path!r} has no evaluation yet')
+        raise InputError(f'{out_dir!r} has no evaluation yet')
     return [f'{out_dir}: iteration, seconds of training, validation',
             *(f'{it:8} {training_seconds(entries, it):10.1f} s   {name} {value:.4f}' for it, name, value in figures)]

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +24,7 @@ import signals
 import trunk
 from batches import Share
 from configurator import configure
-from corpus import DATA_DIR, Corpus, prepared
+from corpus import DATA_DIR, Corpus, bits_per_nat, prepared
 from description import describe_run
 from device import autocast, pick_device, pick_dtype
 from distributed import Processes, leave, share_batch, without_sync
@@ -236,8 +236,7 @@ class State:
 def build(config, corpus, saved, processes, divisor):
     """State and objective of the run, on its device; a head that the checkpoint lacks is added fresh."""
     torch.manual_seed(config.seed)
-    args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
-    model_config = GPTConfig(**args | {'vocab_size': corpus.meta['vocab_size']})
+    model_config = GPTConfig.of(config, corpus.meta['vocab_size'])
     parts = processes.world if processes.shards else 1
     memory.require_for_training(config, model_config, processes.device, divisor, parts)
     model = GPT(model_config)
@@ -258,7 +257,7 @@ def build(config, corpus, saved, processes, divisor):
     start_iter = {'trunk': 0, 'sampler': config.start_sampler_iteration, 'critic': config.start_critic_iteration}
     state = State(model, make_optimizers(config, model), scaler, start_iter)
     if saved:
-        path = checkpoint.path_to_resume(config)
+        path = saved['path']
         processes.print0(f'Resuming from {path} at iteration {saved["iter_num"]}')
         for head in checkpoint.restore(state, saved, start_iter, path):
             processes.print0(f'{path} has no {head} head: a fresh one is added')
@@ -371,7 +370,7 @@ def evaluate(config, state, objective, corpus, log, current_stage, processes):
             result = objective.validate(x0, config.batch_size, config.seed, *heads)
         text = f'{objective.title} {result[objective.figure]:.4f} nats per token'
         if objective.figure != 'loss':
-            result['bits_per_character'] = result[objective.figure] / math.log(2) / corpus.chars_per_token
+            result['bits_per_character'] = result[objective.figure] * bits_per_nat(corpus.meta)
             text += f', {result["bits_per_character"]:.4f} bits per character'
         others = [f'{name.replace("_", " ")} {result[name]:.4f}'
                   for name in ('main', 'sampler', 'one_pass_nll', 'critic', 'critic_auc', 'rank_correlation')

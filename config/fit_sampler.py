@@ -27,5 +27,4 @@ if not torch.cuda.is_available():
     n_layer, n_head, n_embd = 4, 3, 192
     batch_size, sampler_rows, block_rows = 16, 16, 8
     max_iters, start_critic_iteration, end_critic_iteration = 500, 350, 400
-    eval_interval = 250
     learning_rate = 3e-3

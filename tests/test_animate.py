@@ -21,7 +21,7 @@ def text_of(sequence):
 
 def test_the_states_are_those_of_the_page():
     """view.html shows the same file in the same steps, but for the one before each pass."""
-    sequence = Sequence(before_decoding(SAMPLE, TOKENIZER.mask_id), TOKENIZER.mask_id)
+    sequence = Sequence(before_decoding(SAMPLE), TOKENIZER.mask_id)
     states = [text_of(sequence)]
     for one in SAMPLE['iterations']:
         states += [text_of(sequence) for _ in sequence.play(one)]
@@ -40,14 +40,14 @@ def test_what_a_plan_leaves_to_later_passes_stays_masked():
 
 def test_a_corrected_token_is_told_from_a_remasked_one():
     sample = corrected()['samples'][0]
-    sequence, kinds = Sequence(before_decoding(sample, TOKENIZER.mask_id), TOKENIZER.mask_id), []
+    sequence, kinds = Sequence(before_decoding(sample), TOKENIZER.mask_id), []
     for one in sample['iterations']:
         list(sequence.play(one))
         kinds.append(sequence.kinds[1:4])
     assert kinds == [['corrected', 'wave', 'first'], *[['corrected', 'wave', 'remasked']] * 2]
     one = dict(sample['iterations'][0])
     del one['corrected_indices']    # a file of before
-    old = Sequence(before_decoding(sample, TOKENIZER.mask_id), TOKENIZER.mask_id)
+    old = Sequence(before_decoding(sample), TOKENIZER.mask_id)
     list(old.play(one))
     assert old.kinds[1] == 'wave'
 
@@ -57,7 +57,7 @@ def terminal(width=20, height=12):
 
 
 def played(console, passes=SAMPLE['iterations'], ids=None):
-    ids = ids or before_decoding(SAMPLE, TOKENIZER.mask_id)
+    ids = ids or before_decoding(SAMPLE)
     with Animation(ids, TOKENIZER, 1000, console) as animation:
         for one in passes:
             animation.show(one)

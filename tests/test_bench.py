@@ -154,7 +154,7 @@ def test_seconds_to_a_bound_by_hand(script, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--run', 'nowhere'], "no 'nowhere/metrics.jsonl'"),
+    (['--run', 'nowhere'], "no 'nowhere'"),
     (['--out-dir', 'README.md/out'], 'cannot write'), (['--nanogpt', '/nowhere'], '--nanogpt'),
     (['--n_layers=3'], 'n_layers')])
 def test_bad_input_is_one_line(script, arguments, message):

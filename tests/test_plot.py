@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from plot import borders, curve, draw, plt, read, smooth
+from metrics_log import of_run
+from plot import borders, curve, draw, plt, smooth
 
 
 def entries(sampler=20, critic=40, last=60, **more):
@@ -93,13 +94,13 @@ def test_a_real_run_as_png_and_svg(script, trained, tmp_path):
     status, out, err = script('plot.py', trained, trained / 'metrics.jsonl', '-o', tmp_path / 'c.png')
     assert status == 0 and err == '' and 'c.svg' in out
     assert (tmp_path / 'c.png').read_bytes()[:4] == b'\x89PNG' and b'<svg' in (tmp_path / 'c.svg').read_bytes()
-    assert borders(read(str(trained))) == {'sampler': 3, 'critic': 6}
+    assert borders(of_run(str(trained))) == {'sampler': 3, 'critic': 6}
 
 
 def test_a_torn_line_and_a_figure_that_is_no_number_are_left_out(tmp_path, drawn):
     text = ''.join(json.dumps(entry) + '\n' for entry in entries(last=90))
     (tmp_path / 'metrics.jsonl').write_text(text.replace('"ms": 5.0', '"ms": NaN', 1) + '{"iter": 99, "lo')
-    run = read(str(tmp_path))
+    run = of_run(str(tmp_path))
     assert run[-1]['iter'] == 90
     assert drawn({'a': run}).axes[-1].get_ylim()[1] == pytest.approx(6)
 

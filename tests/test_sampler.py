@@ -10,7 +10,7 @@ from conftest import blank, masked_sequences, tiny_model
 from decoding import DecoderConfig, decode_window
 from noise import sample, uniform
 from filling import HeadFiller
-from sampler import first_positions, known_neighbors, pad, wave_numbers
+from sampler import first_positions, known_neighbors, wave_numbers
 
 
 def plain_logits(model, hidden):
@@ -163,7 +163,7 @@ def test_a_changed_neighbour_changes_the_logits(offset):
 
     def logits(x):
         filler = HeadFiller(model)
-        features = filler.features(projected, filler.around(pad(x, 2, model.mask_id), at))
+        features = filler.features(projected, filler.around(x, at))
         return filler.logits(filler.view(hidden), features)
     changed, centre = x.clone(), x.clone()
     changed[0, 10 + offset] = (x[0, 10 + offset] + 1) % 11
@@ -172,23 +172,23 @@ def test_a_changed_neighbour_changes_the_logits(offset):
     assert torch.equal(logits(x), logits(centre)), 'the head sees the token it is to predict'
 
 
-def test_known_neighbors_are_what_filling_shows():
+def test_known_neighbors_are_what_filling_shows(monkeypatch):
     """In training a position's neighbours are known or hidden exactly as when decoding filled that position."""
     model = tiny_model()
     _, xt, mask = masked_sequences()
     seen = {}
     with torch.no_grad():
         hidden, filler = model(xt), HeadFiller(model)
-        plain, offsets = filler.around, model.sampler_head.local.offsets
+        plain, offsets = filling.padded_neighbors, model.sampler_head.local.offsets
 
-        def spy(x, at):
-            around = plain(x, at)
+        def spy(padded, at, offsets):
+            around = plain(padded, at, offsets)
             seen.update({(b, i): around[n] for n, (b, i) in enumerate(zip(at[0].tolist(), at[1].tolist()))})
             return around
-        filler.around = spy
+        monkeypatch.setattr(filling, 'padded_neighbors', spy)
         x, wave, _ = filler.fill(xt, mask, hidden, uniform(0, 0, range(6), 0, range(24)), 1.0, 1.0)
     first = mask & (wave == 0)
-    around = known_neighbors(x, mask, first, *mask.nonzero(as_tuple=True), offsets, model.mask_id)
+    around = known_neighbors(x, mask, first, mask.nonzero(as_tuple=True), offsets, model.mask_id)
     compared = 0
     for (b, i), known in zip(mask.nonzero().tolist(), around):
         if not first[b, i]:    # filled by the language-model head
@@ -202,7 +202,7 @@ def test_known_neighbors_are_what_a_correction_shows():
     x0 = torch.arange(8)[None]
     resample_mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0]]).bool()
     first = torch.zeros_like(resample_mask)
-    around = known_neighbors(x0, resample_mask, first, torch.zeros(4, dtype=torch.long), torch.tensor([1, 2, 3, 5]),
+    around = known_neighbors(x0, resample_mask, first, (torch.zeros(4, dtype=torch.long), torch.tensor([1, 2, 3, 5])),
                              torch.tensor([-2, -1, 1, 2]), 99)
     assert around.tolist() == [[99, 0, 2, 3], [0, 1, 99, 99], [1, 2, 4, 5], [3, 4, 6, 7]]
 

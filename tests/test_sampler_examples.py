@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import diffusion
+import filling
 from conftest import blank, tiny_batch, tiny_model
 from decoding import DecoderConfig, decode_window
 from filling import HeadFiller
@@ -141,23 +142,20 @@ def decoded_from_blank(model, B, dtype=None):
     Returns text (B, T), first positions (B, T) bool, and the neighbours (B, T, S) that the head saw when it filled each
     position, and when it rescored it.
     """
-    offsets = model.sampler_head.local.offsets
-    plain_fill, plain_around = HeadFiller.fill, HeadFiller.around
-    filled = torch.full((B, 24, len(offsets)), -1)
-    again, filling = filled.clone(), []
+    plain_fill, plain_around = filling.padded_neighbors, HeadFiller.around
+    filled = torch.full((B, 24, len(model.sampler_head.local.offsets)), -1)
+    again = filled.clone()
 
-    def fill(self, *args):
-        filling.append(True)
-        result = plain_fill(self, *args)
-        filling.clear()
-        return result
+    def around_while_filling(padded, at, offsets):
+        found = filled[at] = plain_fill(padded, at, offsets)
+        return found
 
-    def around(self, padded, at):
-        found = (filled if filling else again)[at] = plain_around(self, padded, at)
+    def around(self, x, at):
+        found = again[at] = plain_around(self, x, at)
         return found
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeadFiller, 'fill', fill)
+        patch.setattr(filling, 'padded_neighbors', around_while_filling)
         patch.setattr(HeadFiller, 'around', around)
         with torch.autocast('cpu', dtype or torch.bfloat16, enabled=dtype is not None):
             decode_window(model, *blank(model, B), DecoderConfig(mask_ratios=()), range(B), range(24), steps.append,

@@ -29,7 +29,7 @@ def computed():
 
         def head(position, x):
             where = torch.tensor([0]), torch.tensor([position])
-            around = filler.around(torch.nn.functional.pad(x, (filler.reach, filler.reach), value=model.mask_id), where)
+            around = filler.around(x, where)
             view = hidden[where]
             return filler.logits(filler.view(view), filler.features(filler.head.project(view), around))[0]
         trunk = model.lm_head(hidden)[0].float()
