@@ -80,7 +80,8 @@ def arguments():
     check_range(f'--rounds is {args.rounds}', args.rounds, Range(1, 10 ** 4))
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
     check(config)
-    config.trunk_checkpoint, config.freeze_trunk = '', False    # it is the size that is timed, of every stage
+    if config.freeze_trunk or config.trunk_checkpoint:
+        raise InputError('a frozen trunk, or one of a checkpoint, has no stages to time; wanted another --config')
     if not (config.add_sampler_head and config.add_critic_head):
         raise InputError('a model without sampler and critic head has no such decoding and stages to time; wanted '
                          '--config config/train_char_diffusion_sampler.py, or both heads')

@@ -4,9 +4,8 @@ Keys: model_args (the fields of GPTConfig), model, optimizer, scaler, start_iter
 to learn), iter_num, evaluated (whether the evaluation of that iteration is done), best_val_loss, config (every setting
 of the run), corpus (vocabulary and source), commit. No random states: randomness is a function of seed and iteration.
 
-A checkpoint is a file from a stranger. load_model and load_for_resume, by which scripts read it, check the checksums
-in the file, the fields and their types, the shapes of all weights before memory is taken for any, and that
-every number is finite.
+A checkpoint is a file from a stranger. load_model and load_for_resume check the checksums in the file, the fields and
+their types, the shapes of all weights before memory is taken for any, and that every number is finite.
 """
 import os
 import pickle
@@ -221,14 +220,21 @@ def load_model(path, kind='char_diffusion_sampler'):
     model = GPT(model_config(saved, path))
     model.load_state_dict(saved['model'])
     model.reads_text = saved['config'].get('block_rows') != 0
+    for head in untrained_heads(saved):
+        setattr(model, f'{head}_head', None)    # its weights say nothing
     return model.eval(), Tokenizer(saved['corpus']), saved
 
 
 def untrained_heads(saved):
-    """Heads of a checkpoint that had not begun to learn when it was saved."""
-    starts = saved.get('start_iter', {})
-    return [head for head in ('sampler', 'critic') if saved['model_args'].get(f'add_{head}_head')
-            and isinstance(starts, dict) and isinstance(starts.get(head), int) and starts[head] >= saved['iter_num']]
+    """Heads of a checkpoint that had not begun to learn when it was saved; the critic's loss first counts for 0."""
+    starts, interval = saved.get('start_iter', {}), saved['config'].get('critic_interval', 1)
+    for head in ('sampler', 'critic') if isinstance(starts, dict) else ():
+        start = starts.get(head)
+        if saved['model_args'].get(f'add_{head}_head') and isinstance(start, int):
+            if head == 'critic' and isinstance(interval, int) and interval > 0:
+                start = (start // interval + 1) * interval
+            if start >= saved['iter_num']:
+                yield head
 
 
 def require_generator(model, path):
@@ -244,16 +250,6 @@ def require_same_vocabulary(corpus, path, wanted):
     if (corpus['kind'], corpus['chars']) != (wanted['kind'], wanted['chars']):
         raise InputError(f'{path!r} was trained on {corpus["name"]!r}, whose vocabulary is another than that of '
                          f'{wanted["name"]!r}')
-
-
-def load_generator(path, corpus, block_size):
-    """The frozen generator of a judge's examples. InputError unless it is one, of this vocabulary and block size."""
-    model, _, saved = load_model(path)
-    require_generator(model, path)
-    if model.config.block_size < block_size:
-        raise InputError(f'{path!r} has block_size={model.config.block_size}, the judge {block_size}; wanted no more')
-    require_same_vocabulary(saved['corpus'], path, corpus)
-    return model
 
 
 # -----------------------------------------------------------------------------
@@ -282,7 +278,10 @@ def path_to_resume(config):
 
 
 def load_for_resume(path, config, meta):
-    """Checkpoint at path, checked against the settings and the corpus of this run; heads alone may be missing in it."""
+    """Checkpoint at path, checked against the settings and the corpus of this run; heads alone may be missing in it.
+
+    Returned with its path as 'path'.
+    """
     saved = load(path)
     require(saved, FIELDS_TO_RESUME, path)
     args = saved['model_args']
@@ -317,7 +316,8 @@ def load_for_resume(path, config, meta):
                              f'the same, or use another out_dir')
     settings.check_reached(config)
     asked_for = {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')}
-    settings.check_learns(config, resumed_start_iter(asked_for, saved), saved['iter_num'])
+    for check in (settings.check_frozen, settings.check_learns):
+        check(config, resumed_start_iter(asked_for, saved), saved['iter_num'])
     return saved | {'path': path}
 
 

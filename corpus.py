@@ -246,8 +246,8 @@ class Corpus:
         return ids[starts[:, None] + np.arange(length)].astype(np.int64)
 
 
-def prepared(name, offline_name, data_dir=DATA_DIR):
-    """The corpus to use, name, or offline_name if its download fails; data/*/prepare.py makes it where it can.
+def corpus_to_use(name, offline_name, data_dir=DATA_DIR):
+    """name, or offline_name where the download of that corpus fails; prepared where data/*/prepare.py can do so.
 
     offline_name '' allows no other corpus: the failed download is the error.
     """

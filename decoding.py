@@ -27,7 +27,7 @@ from plans import make_plan
 
 @dataclass
 class DecoderConfig:
-    """How to decode. corrections and the plan 'speculative' need the sampler head, all else means the same without."""
+    """How to decode. Without the sampler head corrections are left out and the plan 'speculative' is refused."""
     use_sampler: bool = True
     order: str = 'confidence'       # what is remasked first: 'confidence', 'margin', 'critic', 'random'
     revise: bool = True             # kept tokens may be remasked later; random order revises by remask_kept alone

@@ -87,8 +87,7 @@ class Evaluation:
         self.model, self.tokenizer, saved = load_model(args.checkpoint)
         require_generator(self.model, args.checkpoint)
         for head in untrained_heads(saved):
-            print(f'note: the {head} head had not begun to learn when {args.checkpoint} was saved; what it decodes is '
-                  f'no measure of it')
+            print(f'note: the {head} head had not begun to learn when {args.checkpoint} was saved, and is left out')
         self.evaluator = None
         if not args.gaps:
             self.evaluator, _, other = load_model(args.evaluator, 'char_ar')

@@ -13,7 +13,7 @@ def pyplot():
 
 
 def save(figure, stem):
-    """Write a matplotlib figure as stem.png and stem.svg. WriteError where that cannot be, as on a full disk."""
+    """Write a matplotlib figure as stem.png and stem.svg and close it. WriteError where it cannot, on a full disk."""
     for kind in ('png', 'svg'):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=120)

@@ -46,9 +46,9 @@ def decoder_config(args, model, path, prefix_only=True):
     prefix_only: no text is given but at the front, see prompts.is_prefix.
     """
     if args.order == 'critic' and model.critic_head is None:
-        raise InputError(f'{path!r} has no critic head, which --order critic needs')
+        raise InputError(f'{path!r} has no critic head that has learned, which --order critic needs')
     if args.corrections and model.sampler_head is None:
-        raise InputError(f'{path!r} has no sampler head, which --corrections needs')
+        raise InputError(f'{path!r} has no sampler head that has learned, which --corrections needs')
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
     if (args.plan_passes or 1) > 1 and prefix_only:    # the plans that flags that revise have take one pass
@@ -70,15 +70,7 @@ def decoder_config(args, model, path, prefix_only=True):
     revisions = args.iterations - config.plan_passes
     if revisions < 0:
         raise InputError(f'--plan-passes is {config.plan_passes}, wanted at most --iterations, {args.iterations}')
-    if args.plan and not revisions and args.iterations > 1 and asks_to_revise(args) and args.plan_passes is None:
-        raise InputError(f'--plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
-                         f'which another flag asks for; give a smaller --plan-passes')
-    later = {'--remask-kept': args.remask_kept > 0, '--no-revise': args.no_revise}    # what was filled last is not kept
-    later = {flag: is_given and config.plan_passes == 1 for flag, is_given in later.items()}
-    for flag, is_given in (later | {'--end-ratio': args.end_ratio is not None}).items():
-        if is_given and revisions < 2:
-            raise InputError(f'found {flag} with {revisions} of {args.iterations} iterations to revise; it changes '
-                             f'nothing before the second of them, wanted more --iterations')
+    require_revisions(args, config, revisions)
     if args.masking_ratios is not None:
         if len(args.masking_ratios) != revisions:
             raise InputError(f'--plan {config.plan} leaves {revisions} iterations to revise, found '
@@ -93,11 +85,27 @@ def decoder_config(args, model, path, prefix_only=True):
     return config
 
 
+def require_revisions(args, config, revisions):
+    """InputError for a flag to which so many iterations that revise leave nothing to do."""
+    asks = changes_revising(args) or args.order is not None and args.plan_passes is None    # --save tells its scores
+    if not revisions and args.iterations > 1 and asks:
+        raise InputError(f'plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
+                         f'as another flag asks for; give a smaller --plan-passes')
+    fewest = 2 if config.plan_passes == 1 else 1    # what the pass before has filled is not kept yet
+    wanted = {'--remask-kept': (args.remask_kept > 0, fewest), '--no-revise': (args.no_revise, fewest),
+              '--end-ratio': (args.end_ratio is not None, 2)}
+    more = '--iterations' if args.masking_ratios is None else '--masking-ratios'
+    for flag, (is_given, n) in wanted.items():
+        if is_given and revisions < n:
+            raise InputError(f'found {flag} with {revisions} of {args.iterations} iterations to revise, wanted at '
+                             f'least {n}; give more {more}')
+
+
 def require_speculative(args, config):
     """InputError for flags that --plan speculative has no use for."""
     revises = args.iterations > 1 and has_revising_flag(args)
     ignored = {
-        '--disable-sampler or a model without a sampler head, which is to draft; wanted another --plan':
+        '--disable-sampler, or a model without a sampler head that has learned, to draft; wanted another --plan':
             not config.use_sampler,
         '--corrections; leave out --plan, or give --plan blocks': args.corrections > 0,
         '--end-temperature; leave out --plan, or give --plan blocks': args.end_temperature is not None,
@@ -123,8 +131,12 @@ def asks_to_revise(args):
 
 
 def has_revising_flag(args):
-    return args.order is not None or args.start_ratio is not None or args.end_ratio is not None \
-        or args.masking_ratios is not None or args.schedule_mode == 'threshold' or args.no_revise \
+    return args.order is not None or changes_revising(args)
+
+
+def changes_revising(args):
+    shares = args.start_ratio, args.end_ratio, args.masking_ratios
+    return any(share is not None for share in shares) or args.schedule_mode == 'threshold' or args.no_revise \
         or args.randomness_strength > 0
 
 
@@ -246,13 +258,12 @@ def generate_text(args, processes):
     model, tokenizer, saved = load_model(path)
     require_generator(model, path)
     for head in untrained_heads(saved):
-        setattr(model, f'{head}_head', None)
         print(f'note: the {head} head had not begun to learn when {path} was saved, and is left out')
     x, free = given_text(args, tokenizer, model.config.block_size)
     length = x.size(1)
     config = decoder_config(args, model, path, is_prefix(args, free))
     if args.quality_metric == 'node' and model.critic_head is None:
-        raise InputError(f'{path!r} has no critic head, which --quality-metric node needs')
+        raise InputError(f'{path!r} has no critic head that has learned, which --quality-metric node needs')
     device = processes.device
     dtype = processes.of_first(lambda: pick_dtype(args.dtype, device))
     judge = load_judge(args, saved['corpus'], device) if args.judge_checkpoint_name else None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import autoregressive
-from checkpoint import load_model, require_same_vocabulary
+from checkpoint import load_model, require_generator, require_same_vocabulary
 from corpus import bits_per_nat
 from decoding import decode_window, default_config
 from diffusion import draw_masks, spread_ratios
@@ -24,6 +24,16 @@ from progress import bar
 ITERATIONS = (1, 4, 15)       # of the fills: those that users run
 TEMPERATURES = (0.6, 1.2)     # range of the fills
 CLEAN, BLANK = 0.25, 0.25     # share of sequences that stay real, and of batches that the decoder writes whole
+
+
+def load_generator(path, corpus, block_size):
+    """The frozen generator of a judge's examples. InputError unless it is one, of this vocabulary and block size."""
+    model, _, saved = load_model(path)
+    require_generator(model, path)
+    if model.config.block_size < block_size:
+        raise InputError(f'{path!r} has block_size={model.config.block_size}, the judge {block_size}; wanted no more')
+    require_same_vocabulary(saved['corpus'], path, corpus)
+    return model
 
 
 def make_examples(generator, x0, rng):

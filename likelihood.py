@@ -75,7 +75,8 @@ def speculated(model, x0, plan):
     read = reader.read(x0[:, :-1])
     for t in range(T - 1):    # one position at a time: of a large vocabulary no more logits than in training
         trunk[:, t + 1] = log_probability(reader.lm_head(read[:, t]), x0[:, t + 1]).cpu().double()
-    trunk = torch.where(plan.pass_of.cpu() < 0, 0.0, trunk)    # what is given is never rejected
+    given = plan.pass_of.cpu() < 0
+    trunk = torch.where(given, 0.0, trunk)    # what is given is never rejected
     target = speculative.mixture(trunk, draft)
     result = draft.clone()
     checked = torch.zeros(B, plan.passes, speculative.DRAFT, dtype=torch.float64)    # pass k, d tokens of its draft
@@ -91,7 +92,7 @@ def speculated(model, x0, plan):
         unchecked = unchecked * draft[:, t].exp()
         total = checked.sum((1, 2)) + unchecked
         result[:, t], checked, unchecked = total.log(), checked / total[:, None, None], unchecked / total
-    return result
+    return torch.where(given, 0.0, result)
 
 
 def leave_last(checked, unchecked):

@@ -93,7 +93,7 @@ def whole_words(text):
 def in_vocabulary(texts, vocabulary):
     """Share of whole words that are in vocabulary."""
     words = [word for text in texts for word in whole_words(text)]
-    return sum(word in vocabulary for word in words) / max(1, len(words))
+    return 1 - sum(word not in vocabulary for word in words) / max(1, len(words))
 
 
 def hashes(text, n):

@@ -10,7 +10,7 @@ import checkpoint
 from errors import InputError
 from files import require_file, write_atomically
 
-LARGEST = 1e30    # of any figure that is drawn
+LARGEST = 1e30    # of any figure: beyond, there is nothing to show
 
 
 class MetricsLog:

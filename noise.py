@@ -80,6 +80,7 @@ def exact_dtype(device):
 
 
 def exact(x):
+    """x in exact_dtype."""
     return x.to(exact_dtype(x.device))
 
 
@@ -140,6 +141,7 @@ def probability(logits, ids):
 
 
 def log_probability(logits, ids):
+    """Its logarithm, (N,)."""
     return torch.log_softmax(exact(logits), -1).gather(-1, ids[:, None])[:, 0]
 
 

@@ -81,7 +81,8 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, free=
             pass_of = torch.where(free.cpu(), pass_of, -1)
         return replace(plan, pass_of=pass_of.to(device), wave_of=plan.wave_of.expand(B, -1).to(device))
     if name == 'wavefront':
-        wave_of = wave_numbers(torch.ones_like(first), first).cpu().expand(B, -1)
+        masked = torch.ones_like(first) if free is None else free.to(first.device)
+        wave_of = wave_numbers(masked, first & masked.all(1, keepdim=True)).cpu().expand(B, -1)
     elif name == 'interleaved':
         order = at.expand(B, -1) if free is None else (free.cpu().cumsum(1) - 1).clamp(min=0)
         pass_of = van_der_corput(passes)[order % passes]

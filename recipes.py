@@ -90,8 +90,8 @@ def mask_ratios(schedule, passes):
 def list_settings(decoders, passes, temperatures, length, quick=False, named=True):
     """Every setting that differs from the others in what it does, the baseline's first.
 
-    passes: () for those of PASSES that a recipe wants. A decoder that wants more is left out; InputError if
-    it was named.
+    passes: () for those of PASSES that a recipe wants. A decoder that wants more is left out; InputError where it was
+    named, or where none is left.
     """
     curves = [(BASELINE, length - 1, '', 0.0)]
     for name in decoders:
@@ -103,6 +103,8 @@ def list_settings(decoders, passes, temperatures, length, quick=False, named=Tru
             schedules, noises = (recipe.schedules, recipe.noises) if n > 1 else (('even',), (0.0,))
             first = 1 if quick else None
             curves += [(name, n, schedule, noise) for schedule in schedules[:first] for noise in noises[:first]]
+    if decoders and len(curves) == 1:
+        raise InputError(f'--passes {joined(passes)} leaves the decoders of this model nothing to do, wanted more')
     return [Setting(*curve, temperature) for curve in curves for temperature in temperatures]
 
 

@@ -169,7 +169,7 @@ def check_ignored(args):
             args.remask_kept > 0 and args.order != 'random',
         '--remask-kept with --no-revise, which remasks no kept token; wanted one or the other':
             args.remask_kept > 0 and args.no_revise,
-        '--no-revise with --order random, which goes back to kept tokens for --remask-kept alone':
+        '--no-revise with --order random, which keeps what it kept but for --remask-kept; leave out --no-revise':
             args.no_revise and args.order == 'random',
         '--end-temperature with one iteration, which has --temperature; wanted more --iterations':
             args.end_temperature is not None and args.iterations == 1,

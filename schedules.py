@@ -13,7 +13,7 @@ def stage(config, start_iter, it):
 def describe_stage(config, number):
     learns = {'main model': not config.freeze_trunk, 'sampler': config.add_sampler_head and number >= 2,
               'critic': number == 3}
-    return ' + '.join(name for name in learns if learns[name])
+    return ' + '.join(name for name in learns if learns[name]) or 'nothing learns'
 
 
 def critic_weight(config, start_iter, it):

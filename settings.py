@@ -71,8 +71,9 @@ def check(config):
     check_together(config)
     if config.init_from == 'scratch':    # else the checkpoint says more
         check_reached(config)
-        check_frozen(config)
-        check_learns(config, {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')})
+        starts = {head: getattr(config, f'start_{head}_iteration') for head in ('sampler', 'critic')}
+        check_frozen(config, starts)
+        check_learns(config, starts)
 
 
 def check_values(values):
@@ -183,12 +184,12 @@ def check_learns(c, starts, now=0):
                              f'its warm-up then, warmup_iters={c.warmup_iters}; {ways_on}')
 
 
-def check_frozen(c):
-    """Heads beside a frozen trunk that begin later than at once."""
-    starts = [getattr(c, f'start_{head}_iteration') for head in ('sampler', 'critic') if getattr(c, f'add_{head}_head')]
-    if c.freeze_trunk and min(starts) > 0 and not c.eval_only:
-        raise InputError(f'freeze_trunk=True and the first head begins at iteration {min(starts)}: nothing would train '
-                         f'until then; wanted a start at 0')
+def check_frozen(c, starts, now=0):
+    """Heads beside a frozen trunk that begin later than the run; starts and now as in check_learns."""
+    first = min((starts[head] for head in ('sampler', 'critic') if getattr(c, f'add_{head}_head')), default=now)
+    if c.freeze_trunk and first > now and not c.eval_only:
+        raise InputError(f'freeze_trunk=True and the first head begins at iteration {first}: nothing would train until '
+                         f'then; wanted a start at {now}')
 
 
 # -----------------------------------------------------------------------------

@@ -24,13 +24,14 @@ import signals
 import trunk
 from batches import Share
 from configurator import configure
-from corpus import DATA_DIR, Corpus, bits_per_nat, prepared
+from corpus import DATA_DIR, Corpus, bits_per_nat, corpus_to_use, prepare
 from description import describe_run
 from device import autocast, pick_device, pick_dtype
 from distributed import Processes, leave, share_batch, without_sync
 from errors import InputError, WriteError, run
 from files import locked
 from finite import HELP, Watch, check_scaler, last_good
+from judge import load_generator
 from metrics_log import MetricsLog
 from model import GPT, GPTConfig
 from noise import DROPOUT, derive
@@ -128,7 +129,8 @@ def main():
 
 def train(config, processes):
     """Set up: data, model, optimizers, from a checkpoint where the run goes on; then the loop. Returns as iterate."""
-    name = processes.of_first(lambda: prepared(config.dataset, config.offline_dataset, config.data_dir))
+    name = processes.of_first(lambda: corpus_to_use(config.dataset, config.offline_dataset, config.data_dir))
+    prepare(name, config.data_dir)    # where another machine has a folder of its own
     corpus = Corpus(name, config.data_dir)
     corpus.check(config.block_size)
     writes = processes.master_process and not config.eval_only
@@ -243,7 +245,7 @@ def build(config, corpus, saved, processes, divisor):
     model.reads_text = config.block_rows != 0
     generator = None
     if config.generator_checkpoint:
-        generator = checkpoint.load_generator(config.generator_checkpoint, corpus.meta, config.block_size)
+        generator = load_generator(config.generator_checkpoint, corpus.meta, config.block_size)
         generator.to(processes.device)
     if not saved:
         processes.print0('Initializing a new model from scratch')

@@ -156,7 +156,7 @@ def test_seconds_to_a_bound_by_hand(script, tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     (['--run', 'nowhere'], "no 'nowhere'"),
     (['--out-dir', 'README.md/out'], 'cannot write'), (['--nanogpt', '/nowhere'], '--nanogpt'),
-    (['--n_layers=3'], 'n_layers')])
+    (['--n_layers=3'], 'n_layers'), (['--config', 'config/fit_sampler.py'], 'no stages to time')])
 def test_bad_input_is_one_line(script, arguments, message):
     status, _, err = script('bench.py', *arguments, *SIZE[:-1])
     assert status == 2 and message in err and err.count('\n') == 1

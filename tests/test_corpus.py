@@ -65,16 +65,19 @@ def test_unknown_characters_are_named(toy_data):
 
 def test_a_missing_or_torn_corpus_says_how_to_make_it(tmp_path):
     with pytest.raises(InputError, match='prepare.py FILE --name nowhere'):
-        corpus.Corpus(corpus.prepared('nowhere', 'pydoc_char', str(tmp_path)), str(tmp_path))
+        corpus.Corpus(corpus.corpus_to_use('nowhere', 'pydoc_char', str(tmp_path)), str(tmp_path))
     corpus.prepare_text('torn', 'abcdefghij' * 20, 'test', data_dir=str(tmp_path))
     (tmp_path / 'torn' / 'val.bin').write_bytes(b'1234')
     with pytest.raises(InputError, match='val.bin.*2 tokens'):
         corpus.Corpus('torn', str(tmp_path))
 
 
-def test_a_download_that_breaks_off_is_one_that_failed(tmp_path):
+def test_a_download_that_breaks_off_is_one_that_failed(tmp_path, monkeypatch):
     """A server that sends less than it promised raises no OSError."""
+    monkeypatch.setenv('no_proxy', '*')
     with socket.create_server(('127.0.0.1', 0)) as server:
+        server.settimeout(10)
+
         def answer():
             with server.accept()[0] as client:
                 client.recv(4096)
@@ -91,10 +94,10 @@ def test_no_network_is_said_loudly_and_recorded(tmp_path, monkeypatch, capsys):
     def unreachable(url, path, sha256, timeout=10):
         raise corpus.DownloadError(f'could not download {url}')
     monkeypatch.setattr(corpus, 'download', unreachable)
-    c = corpus.Corpus(corpus.prepared('shakespeare_char', 'pydoc_char', str(tmp_path)), str(tmp_path))
+    c = corpus.Corpus(corpus.corpus_to_use('shakespeare_char', 'pydoc_char', str(tmp_path)), str(tmp_path))
     assert c.meta['name'] == 'pydoc_char' and '*** NO NETWORK' in capsys.readouterr().out
     with pytest.raises(InputError, match='could not download'):
-        corpus.prepared('shakespeare_char', '', str(tmp_path))
+        corpus.corpus_to_use('shakespeare_char', '', str(tmp_path))
 
 
 def test_a_download_is_verified_and_whole(tmp_path):

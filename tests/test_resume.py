@@ -82,6 +82,13 @@ def test_nothing_left_to_train_is_said(trained, refused, max_iters):
     assert contents_of(trained) == before
 
 
+def test_a_frozen_trunk_waits_for_no_head(train, refused, tmp_path):
+    """A resumed run once trained nothing, under the name of an empty stage, until its first head began."""
+    train(tmp_path, *NO_HEADS, '--max_iters=4')
+    message = refused(tmp_path, '--init_from=resume', '--freeze_trunk=True', '--start_sampler_iteration=5')
+    assert 'begins at iteration 5' in message and 'wanted a start at 4' in message
+
+
 @pytest.mark.parametrize('change', ['--start_sampler_iteration=5', '--start_critic_iteration=100'])
 def test_a_head_that_has_begun_does_not_begin_again(trained, refused, change):
     before = contents_of(trained)

@@ -209,8 +209,10 @@ def test_bad_input_is_one_line(sample, flags, message):
     ('--order random --randomness-strength 2', 'with --order random'),
     ('--order random --remask-kept 0.1 --iterations 2', 'with 1 of 2 iterations to revise'),
     ('--remask-kept 0.1', 'without --order random'), ('--order random --remask-kept 0.1 --no-revise', 'no kept token'),
-    ('--order random --no-revise', 'for --remask-kept alone'), ('--no-revise --iterations 2', 'with 1 of 2 iterations'),
+    ('--order random --no-revise', 'leave out --no-revise'), ('--no-revise --iterations 2', 'with 1 of 2 iterations'),
     ('--end-ratio 0.1 --iterations 2', 'with 1 of 2 iterations'),
+    ('--masking-ratios 0.5 --no-revise', 'give more --masking-ratios'),
+    ('--iterations 6 --plan-passes 5 --end-ratio 0.1', 'with 1 of 6 iterations'),
     ('--end-temperature 0.5 --iterations 1', '--end-temperature with one iteration'),
     ('--no-revise --iterations 1', 'nothing is revised'), ('--start-ratio 0.5 --iterations 1', 'nothing is revised'),
     ('--blank %', 'without --template'), ('--seed-placement random', 'without --seed-text')])
@@ -231,7 +233,7 @@ def test_a_head_that_has_not_begun_to_learn_is_left_out(script, half_once):
 def test_corrections_need_a_head(script, train, tmp_path):
     train(tmp_path, *NO_HEADS, '--max_iters=1')
     status, _, err = script('sample_simple.py', '--out-dir', tmp_path, '--corrections', 2)
-    assert status == 2 and 'no sampler head, which --corrections needs' in err
+    assert status == 2 and 'no sampler head that has learned, which --corrections needs' in err
 
 
 @pytest.mark.parametrize('flags', [
