@@ -19,7 +19,7 @@ import torch
 import checkpoint
 import corpus
 import evaluate
-import plot
+import metrics_log
 import sample_simple
 import settings
 import train
@@ -321,7 +321,8 @@ def test_files_that_hold_no_samples_and_no_metrics(tmp_path):
         paths[str(data[:30])] = str(i)
     read = {f'view: {name}': lambda path=path: view.page([(path, view.read(str(tmp_path / path)))])
             for name, path in paths.items()}
-    read |= {f'plot: {name}': lambda path=path: plot.read(str(tmp_path / path)) for name, path in paths.items()}
+    read |= {f'metrics: {name}': lambda path=path: metrics_log.of_run(str(tmp_path / path))
+             for name, path in paths.items()}
     assert_all_named(read.items(), at_least=36)
 
 

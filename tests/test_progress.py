@@ -13,10 +13,11 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize('terminal, show, drawn', [(True, True, True), (True, False, False), (False, True, False)])
-def test_a_bar_goes_to_a_terminal_alone_and_steps_are_kept(monkeypatch, capsys, terminal, show, drawn):
+@pytest.mark.parametrize('terminal, rank, drawn', [(True, '0', True), (True, '1', False), (False, '0', False)])
+def test_a_bar_goes_to_a_terminal_alone_and_steps_are_kept(monkeypatch, capsys, terminal, rank, drawn):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal, raising=False)
-    assert list(bar([1, 2, 3], 'evaluation', show)) == [1, 2, 3]
+    monkeypatch.setenv('RANK', rank)    # the first of several processes speaks
+    assert list(bar([1, 2, 3], 'evaluation')) == [1, 2, 3]
     out, err = capsys.readouterr()
     assert out == '' and ('evaluation' in err) == drawn
 
