@@ -19,6 +19,7 @@ import torch
 
 import checkpoint
 import memory
+import resume
 import sharding
 import signals
 import trunk
@@ -138,7 +139,7 @@ def train(config, processes):
         processes.barrier()    # no process looks at the checkpoint while another run may still replace it
         if config.generator_checkpoint:    # kept with the judge: another generator may come to lie there
             config.generator_weights = trunk.digest(config.generator_checkpoint)
-        saved = checkpoint.open_for_run(config, corpus.meta)
+        saved = resume.open_for_run(config, corpus.meta)
         if saved and config.dtype == 'auto':
             config.dtype = saved['config']['dtype']    # the same precision, so that it is the same run
             check(config)
@@ -245,8 +246,7 @@ def build(config, corpus, saved, processes, divisor):
     model.reads_text = config.block_rows != 0
     generator = None
     if config.generator_checkpoint:
-        generator = load_generator(config.generator_checkpoint, corpus.meta, config.block_size)
-        generator.to(processes.device)
+        generator = load_generator(config.generator_checkpoint, corpus.meta, config.block_size).to(processes.device)
     if not saved:
         processes.print0('Initializing a new model from scratch')
         if generator and trunk.copy(generator, model):
@@ -261,10 +261,10 @@ def build(config, corpus, saved, processes, divisor):
     if saved:
         path = saved['path']
         processes.print0(f'Resuming from {path} at iteration {saved["iter_num"]}')
-        for head in checkpoint.restore(state, saved, start_iter, path):
+        for head in resume.restore(state, saved, start_iter, path):
             processes.print0(f'{path} has no {head} head: a fresh one is added')
-        if checkpoint.changed_settings(saved, config):
-            processes.print0(f'changed settings: {", ".join(checkpoint.changed_settings(saved, config))}')
+        if changed := resume.changed_settings(saved, config):
+            processes.print0(f'changed settings: {", ".join(changed)}')
     objective = make_objective(model, config, generator)
     if processes.shards:
         choose_trainable(config, model, current_stage=3)    # for good: a part that has no loss yet has no gradient

@@ -20,6 +20,7 @@ import checkpoint
 import corpus
 import evaluate
 import metrics_log
+import resume
 import sample_simple
 import settings
 import train
@@ -157,12 +158,12 @@ def resumable(trained_once, toy_data):
     return config, corpus.Corpus('toy', str(toy_data))
 
 
-def resume(path, config, data):
+def resume_from(path, config, data):
     """All that a resumed run does with a checkpoint before its first iteration."""
-    saved = checkpoint.load_for_resume(path, config, data.meta)
+    saved = resume.load_for_resume(path, config, data.meta)
     model = train.GPT(GPTConfig(**saved['model_args']))
     state = train.State(model, train.make_optimizers(config, model), torch.amp.GradScaler('cpu', enabled=False), {})
-    checkpoint.restore(state, saved, {'trunk': 0, 'sampler': 3, 'critic': 6}, path)
+    resume.restore(state, saved, {'trunk': 0, 'sampler': 3, 'critic': 6}, path)
 
 
 def test_a_checkpoint_with_one_thing_wrong_is_named(trained_once, resumable, tmp_path):
@@ -177,10 +178,10 @@ def test_a_checkpoint_with_one_thing_wrong_is_named(trained_once, resumable, tmp
                 if not resume_alone:
                     with pytest.raises(InputError):
                         checkpoint.load_model(path)
-                resume(path, *resumable)
+                resume_from(path, *resumable)
             yield name, call
     shutil.copy(trained_once[0] / 'ckpt.pt', path)
-    resume(path, *resumable)
+    resume_from(path, *resumable)
     assert_all_named(kinds(), at_least=150)
 
 

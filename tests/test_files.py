@@ -7,6 +7,7 @@ import pytest
 
 import checkpoint
 import files
+import resume
 from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in
 from errors import InputError, WriteError
 from objectives import DiffusionObjective
@@ -75,14 +76,14 @@ def test_a_system_without_locks_opens_no_folder(tmp_path, monkeypatch):
 
 def test_the_checkpoint_is_looked_at_under_the_lock(train, refused, half, tmp_path, monkeypatch):
     """Another run could end between the two and be overwritten. A folder made for a refused run goes again."""
-    looked, plain = [], checkpoint.open_for_run
+    looked, plain = [], resume.open_for_run
 
     def look_up(config, meta):
         with pytest.raises(InputError, match='another run is writing'), files.locked(config.out_dir):
             pass
         looked.append(config.init_from)
         return plain(config, meta)
-    monkeypatch.setattr(checkpoint, 'open_for_run', look_up)
+    monkeypatch.setattr(resume, 'open_for_run', look_up)
     refused(tmp_path / 'nothing', '--init_from=resume')
     assert not (tmp_path / 'nothing').exists()
     train(half, '--init_from=resume', '--dropout=0.1')
