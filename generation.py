@@ -54,7 +54,8 @@ def decoder_config(args, model, path, prefix_only=True):
     if (args.plan_passes or 1) > 1 and prefix_only:    # the plans that flags that revise have take one pass
         with_head = model.sampler_head is not None and not args.disable_sampler
         given.setdefault('plan', 'blocks' if with_head and model.reads_text else 'interleaved')
-    config = default_config(model, args.iterations, use_sampler, prefix_only, asks_to_revise(args),
+    revising = is_about_revising(args) or args.plan_passes is not None
+    config = default_config(model, args.iterations, use_sampler, prefix_only, revising,
                             seed=args.seed, top_p=args.top_p, temperature=args.temperature,
                             end_temperature=args.end_temperature, revise=not args.no_revise,
                             randomness_strength=args.randomness_strength, remask_kept=args.remask_kept,
@@ -103,7 +104,7 @@ def require_revisions(args, config, revisions):
 
 def require_speculative(args, config):
     """InputError for flags that --plan speculative has no use for."""
-    revises = args.iterations > 1 and has_revising_flag(args)
+    revises = args.iterations > 1 and is_about_revising(args)
     ignored = {
         '--disable-sampler, or a model without a sampler head that has learned, to draft; wanted another --plan':
             not config.use_sampler,
@@ -125,16 +126,13 @@ def described(config, windows=1):
         + (f' over each of {windows} windows' if windows > 1 else '')
 
 
-def asks_to_revise(args):
+def is_about_revising(args):
     """Was a flag given that only means something where tokens are remasked or resampled?"""
-    return has_revising_flag(args) or args.plan_passes is not None
-
-
-def has_revising_flag(args):
     return args.order is not None or changes_revising(args)
 
 
 def changes_revising(args):
+    """As is_about_revising, but for --order, which the scores of --save follow too."""
     shares = args.start_ratio, args.end_ratio, args.masking_ratios
     return any(share is not None for share in shares) or args.schedule_mode == 'threshold' or args.no_revise \
         or args.randomness_strength > 0
