@@ -1,7 +1,7 @@
 """Draws the curves of training runs, from the metrics.jsonl in their folders.
 
     python plot.py out-char-diffusion
-    python plot.py out-a out-b -o curves
+    python plot.py out-a out-b --only nelbo,nll -o curves
 
 Writes curves.png and curves.svg. A run may also be given as the file itself, such as out-a/judge_metrics.jsonl.
 """
@@ -34,6 +34,7 @@ def parser():
     parser.add_argument('runs', nargs='+', metavar='RUN', help='out_dir of a run of train.py, or its metrics.jsonl')
     parser.add_argument('-o', '--output', default='curves', metavar='NAME',
                         help='write NAME.png and NAME.svg (default: curves)')
+    parser.add_argument('--only', metavar='FIGURE,FIGURE', help='panels of these figures alone, such as nelbo,ms')
     return parser
 
 
@@ -45,7 +46,7 @@ def main():
     import metrics_log    # not above: it brings torch, for which --help would wait
     runs = {path: metrics_log.of_run(path) for path in args.runs}
     plt.style.use('tableau-colorblind10')
-    figure = draw(runs)
+    figure = draw(runs, panels_of(runs, args.only))
     figures.save(figure, stem)
     print(f'saved {stem}.png and {stem}.svg')
 
@@ -74,15 +75,29 @@ def smooth(values, n):
 # -----------------------------------------------------------------------------
 # drawing
 
-def draw(runs):
-    """One panel for each kind of figure that some run has, all runs in it; runs: {name: entries}."""
+def panels_of(runs, only=None):
+    """The PANELS of figures that some run has; only: of these alone, such as 'nelbo,ms'. InputError where it has none.
+
+    runs: {name: entries}.
+    """
     panels = [panel for panel in PANELS
               if any(set(panel[0]) & set(e) and ('split' in e) == (panel[2] == 'evaluation')
                      for entries in runs.values() for e in entries)]
+    if only is None:
+        return panels
+    known = [name for names, *_ in panels for name in names]
+    unknown = [name for name in only.split(',') if name not in known]
+    if unknown:
+        raise InputError(f'--only {only}: no figure {unknown[0]!r} in these runs; wanted some of {",".join(known)}')
+    return [panel for panel in panels if set(panel[0]) & set(only.split(','))]
+
+
+def draw(runs, panels):
+    """A figure of panels, some of PANELS, all runs in each; runs: {name: entries}."""
     columns = max(1, min(3, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows + 0.5), squeeze=False,
-                                sharex=True)
+    width = 4.6 * columns if columns > 1 else 7
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 3.2 * rows + 0.5), squeeze=False, sharex=True)
     for axis in axes.flat[len(panels):]:
         axis.remove()
     for axis, (names, title, source) in zip(axes.flat, panels):
@@ -95,6 +110,8 @@ def draw(runs):
         if names == ('ms',):    # the first iterations take longer than all others
             values = np.concatenate([curve(entries, 'ms')[1] for entries in runs.values()])
             axis.set_ylim(0, 1.2 * np.nanpercentile(values, 98))
+        if source == 'evaluation':
+            show_what_is_learned(axis)
     add_legend(figure, runs)
     return figure
 
@@ -116,6 +133,15 @@ def draw_run(axis, entries, name, source, color):
     axis.plot(iterations, smooth(values, n), color=color, lw=1.5)
 
 
+def show_what_is_learned(axis):
+    """Leave iteration 0, before which nothing was learned, out of the range of a panel, unless there is no other."""
+    values = np.concatenate([line.get_ydata()[line.get_xdata() > 0] for line in axis.lines if line.get_marker() == '.']
+                            or [[]])
+    if len(values):
+        margin = 0.05 * np.ptp(values) or 0.05
+        axis.set_ylim(values.min() - margin, values.max() + margin)
+
+
 def add_legend(figure, runs):
     """What colours and line styles mean, above the panels."""
     line = lambda label, **style: plt.Line2D([], [], label=label, **style)
@@ -124,7 +150,7 @@ def add_legend(figure, runs):
     begun = {head for entries in runs.values() for head in borders(entries)}
     handles += [line(f'{head} begins', color='black', lw=1, ls=style) for head, style in BORDERS.items()
                 if head in begun]
-    columns = min(5, len(handles))
+    columns = min(5, len(handles), int(figure.get_figwidth() / 2.7))    # inches
     rows = math.ceil(len(handles) / columns)
     top = 1 - (0.1 + 0.18 * rows) / figure.get_figheight()
     figure.legend(handles=handles, loc='upper center', ncols=columns, fontsize=9, frameon=False)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from errors import InputError
 from metrics_log import of_run
-from plot import borders, curve, draw, plt, smooth
+from plot import borders, curve, draw, panels_of, plt, smooth
 
 
 def entries(sampler=20, critic=40, last=60, **more):
@@ -33,7 +34,7 @@ def lines(axis):
 @pytest.fixture
 def drawn():
     """drawn({name: entries}) -> figure, closed afterwards."""
-    yield draw
+    yield lambda runs, only=None: draw(runs, panels_of(runs, only))
     plt.close('all')
 
 
@@ -65,6 +66,21 @@ def test_every_panel_has_every_run(drawn):
     assert sorted(begun) == [20, 30, 40, 40]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ['a', 'b', 'evaluated on val', 'evaluated on train', 'sampler begins', 'critic begins']
+
+
+def test_panels_are_chosen_by_the_names_of_their_figures(drawn):
+    runs = {'a': entries(), 'b': [{'iter': 0, 'split': 'val', 'nll': 2.0}]}
+    assert titles(drawn(runs, 'nll,ms')) == ['NELBO (autoregressive: NLL), nats per token',
+                                             'milliseconds per iteration']
+    with pytest.raises(InputError, match="no figure 'one_pass_nll' in these runs; wanted some of main,"):
+        drawn(runs, 'nelbo,one_pass_nll')
+
+
+def test_what_came_before_training_does_not_flatten_what_it_taught(drawn):
+    run = [{'iter': it, 'split': 'val', 'nelbo': value} for it, value in ((0, 9.0), (30, 3.0), (60, 2.0))]
+    low, high = drawn({'a': run}).axes[0].get_ylim()
+    assert 1.8 < low < 2 and 3 < high < 3.2
+    assert drawn({'a': run[:1]}).axes[0].get_ylim()[1] > 9, 'it is all there is'
 
 
 def test_what_evaluations_tell_of_the_heads_and_the_loss_of_blocks(drawn):
