@@ -320,6 +320,9 @@ def evaluate(args, processes):
     evaluation.open(args)
     decoders = usable_decoders(args, evaluation.model)
     settings = list_settings(decoders, args.passes, args.temperatures, evaluation.length, args.quick, args.named)
+    idle = [name for name in decoders if name not in {setting.decoder for setting in settings}]
+    if idle:
+        print(f'left out: {", ".join(idle)}, to which --passes {joined(args.passes)} leaves nothing to do')
     if processes.master_process:
         evaluation.measure_reference()
     with signals.noted('this setting') as stop:

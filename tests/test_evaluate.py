@@ -360,6 +360,13 @@ def test_heads_that_have_not_learned_are_said(evaluated, models, half_once):
     assert status == 0 and 'note:' not in out
 
 
+def test_decoders_that_passes_leave_idle_are_said(evaluated):
+    status, out, err = evaluated('--passes', 1, '--temperatures', 1, '--num-samples', 2)
+    assert status == 0, err
+    assert 'left out: naive-confidence, naive-margin, naive-remdm, naive-remask, naive-planned, wavefront-planned, ' \
+        'speculative, wavefront-critic, to which --passes 1 leaves nothing to do' in out
+
+
 def test_float64_is_what_it_says(evaluated, tmp_path, monkeypatch):
     """It once was float32, recorded as float64."""
     dtypes, plain = set(), evaluate.decoding.generate
