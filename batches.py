@@ -35,9 +35,9 @@ class Share:
 
 
 def spread_choice(n_all, n, generator):
-    """About n of n_all numbers, evenly spaced from a random offset, so that every masking ratio has its share."""
-    stride = max(1, n_all // n)
-    return torch.arange(int(torch.randint(stride, (), generator=generator)), n_all, stride)
+    """n of n_all numbers, or all, evenly spaced from a random offset, so that every masking ratio has its share."""
+    n = min(n, n_all)
+    return (torch.arange(n) * n_all + torch.randint(n_all, (), generator=generator)) // n
 
 
 def untaught(head):

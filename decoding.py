@@ -170,7 +170,7 @@ def decode_window(model, x, free, config, sequences, positions, on_pass=None, fi
         given = not free.all()
         plan = make_plan(config.plan, x.size(1), config.plan_passes, config.seed, sequences,
                          free=free if given else None, device=x.device)
-        if plan.speculative:
+        if plan.speculative_passes:
             return decode_speculatively(model, x, free, plan, config, named[0], positions, on_pass, filler, wanted)
         if plan.lanes:    # the last segments may be given; other plans differ from sequence to sequence
             config = replace(config, plan_passes=int(plan.pass_of[free].max()) + 1)

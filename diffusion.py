@@ -134,7 +134,7 @@ def forward_blocks(trunk, model, x0, generator, share=None, seen=None, viewed=Tr
     weight = (1 + positions % size).float() ** -0.5
     loss = 0.5 * following.mean(1) + 0.25 * (masked * weight / weight.mean()).mean(1)    # (R,)
     if viewed and seen is not x0:
-        with torch.no_grad():
+        with evaluating(model):
             hidden = trunk(x0[:, :n_text], layout)
     view, last = views(hidden.detach(), layout)
     # the first position of a block is the language-model head's
@@ -210,11 +210,12 @@ def critic_examples(model, batch, n_sequences, seed, iterations):
 def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True, critic_iterations=None, blocks=None):
     """Losses of the heads, {'sampler': ..., 'critic': ...} as far as asked for, each a part of the global batch's.
 
+    Returns them, and what the critic said: targets and logits (N,) each, or None where it has no example here.
     blocks: a BlockBatch that the sampler head learns from too, or None. sampler_rows, critic_rows int: about how many
     sequences of the global batch each head learns from, 0 for none. seed int, of its noise. augment: as in
     sampler_examples. critic_iterations: of the decoder, None draws them.
     """
-    losses, generator = {}, torch.Generator().manual_seed(derive(seed, HEADS))
+    losses, ranked, generator = {}, None, torch.Generator().manual_seed(derive(seed, HEADS))
     if sampler_rows:
         with evaluating(model):
             examples = sampler_examples(model, batch, blocks, sampler_rows, generator, augment)
@@ -227,10 +228,9 @@ def head_losses(model, batch, seed, sampler_rows=0, critic_rows=0, augment=True,
             examples = critic_examples(model, batch, critic_rows, seed, critic_iterations or drawn)
         losses['critic'] = untaught(model.critic_head)
         if examples:
-            loss, losses['critic_logits'], losses['critic_targets'] = critic_loss(
-                model.critic_head, examples, model.wte.weight)
-            losses['critic'] = batch.share.weigh(loss, examples.n, examples.total)
-    return losses
+            loss, logits, targets = critic_loss(model.critic_head, examples, model.wte.weight)
+            losses['critic'], ranked = batch.share.weigh(loss, examples.n, examples.total), (targets, logits)
+    return losses, ranked
 
 
 @torch.no_grad()
@@ -257,10 +257,10 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         per_sequence = nll.new_zeros(batch.mask.shape).masked_scatter(batch.mask, nll).sum(1)
         nelbo.append(per_sequence.cpu().double() / n[part])
         critic_rows = min(4, len(batch.x0)) if critic and i % 4 == 0 else 0
-        losses = head_losses(model, batch, derive(seed, i), 2 * len(batch.x0) * sampler, critic_rows, augment=False,
-                             critic_iterations=4)
-        if critic_rows:
-            ranked.append((losses.pop('critic_targets').cpu(), losses.pop('critic_logits').cpu()))
+        losses, said = head_losses(model, batch, derive(seed, i), 2 * len(batch.x0) * sampler, critic_rows,
+                                   augment=False, critic_iterations=4)
+        if said:
+            ranked.append([values.cpu() for values in said])
         for name, value in (losses | {'main': nll.mean()}).items():
             totals.setdefault(name, []).append((value.cpu().double(), int(batch.mask.sum())))
     nelbo = torch.cat(nelbo)[order.argsort()]    # along the grid

@@ -27,6 +27,7 @@ from progress import passes_text
 from prompts import given_text, is_prefix
 
 SCHEMA = 2    # of the file that --save writes
+READS_FROM_LEFT = ('left-to-right', 'blocks', 'speculative')    # plans that fill no gaps
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrained', 'tiny_shakespeare.pt')
 
 
@@ -66,6 +67,9 @@ def decoder_config(args, model, path, prefix_only=True):
     if fills_from_left(config.plan) and args.seed_text and args.seed_placement == 'random':
         raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
                          f'random; wanted --plan wavefront, interleaved, spans or random')
+    if not prefix_only and config.plan in READS_FROM_LEFT:
+        raise InputError(f'--plan {config.plan} reads from left to right and would not see the text behind a blank; '
+                         f'wanted --plan wavefront, interleaved, spans or random')
     if config.plan == 'speculative':
         require_speculative(args, config)
     revisions = args.iterations - config.plan_passes

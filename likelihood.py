@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import speculative
 from noise import log_probability, pieces
-from sampler import neighbors, uncast
+from sampler import filled_before, uncast
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def log_likelihood(model, x0, plan, use_sampler=True):
     the likelihood of the sequence, or of what is not given of it. Costs plan.passes forward passes, which read a text
     once where the plan is blockwise; two where it is speculative.
     """
-    if plan.speculative:
+    if plan.speculative_passes:
         if not use_sampler:
             raise ValueError('the speculative plan drafts with the sampler head; found use_sampler False')
         return speculated(model, x0, plan)
@@ -67,7 +67,7 @@ def speculated(model, x0, plan):
     prefix is written and that its end is the d-th token of the draft of pass k follows from that of the prefix before.
     """
     (B, T), (lane,) = x0.shape, plan.lanes[0]
-    draft = log_likelihood(model, x0, replace(plan, speculative=0))    # float64 on the CPU
+    draft = log_likelihood(model, x0, replace(plan, speculative_passes=0))    # float64 on the CPU
     if T == 1:
         return draft
     trunk = draft.clone()
@@ -116,10 +116,9 @@ def sampler_logits(model, x0, key, wave_of, hidden, at, last, state):
     """
     head, offsets = model.sampler_head, model.sampler_head.local.offsets
     with uncast(hidden):    # as in decoding
-        known = neighbors(key, at, offsets, 1 << 40) < key[at][:, None]
+        around = filled_before(x0, key, key[at], at, offsets, model.mask_id)
         if state is not None:
-            known = known & (offsets < 0)
-        around = torch.where(known, neighbors(x0, at, offsets, model.mask_id), model.mask_id)
+            around = torch.where(offsets < 0, around, model.mask_id)
         tables, around = head.local.tables_for(model.wte.weight, around)
         view = hidden[at]
         projected = head.project(view, None if last is None else last[at[0]])

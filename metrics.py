@@ -91,9 +91,9 @@ def whole_words(text):
 
 
 def in_vocabulary(texts, vocabulary):
-    """Share of whole words that are in vocabulary."""
+    """Share of whole words that are in vocabulary; 0 where there are none."""
     words = [word for text in texts for word in whole_words(text)]
-    return 1 - sum(word not in vocabulary for word in words) / max(1, len(words))
+    return sum(word in vocabulary for word in words) / max(1, len(words))
 
 
 def hashes(text, n):
@@ -157,7 +157,7 @@ def divergence(grams, others):
 
 def repeated_within(grams):
     """Share of n-grams that came before in their own text: grams [(n_i,)]."""
-    return 1 - sum(len(np.unique(g)) for g in grams) / max(1, sum(map(len, grams)))
+    return sum(len(g) - len(np.unique(g)) for g in grams) / max(1, sum(map(len, grams)))
 
 
 def repeated_across(grams):
@@ -170,8 +170,10 @@ def repeated_across(grams):
 def share_found(grams, known):
     """Share of n-grams among the known, sorted ones: grams [(n_i,)], known (M,)."""
     all_grams = np.concatenate(grams)
+    if not len(all_grams) or not len(known):
+        return 0.0
     at = np.searchsorted(known, all_grams).clip(max=len(known) - 1)
-    return float((known[at] == all_grams).mean()) if len(all_grams) else 0.0
+    return float((known[at] == all_grams).mean())
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def measures(texts, reference):
     """Functions of a list of indices into texts, {name: function}; the n-grams are hashed once."""
     grams = {n: [hashes(text, n) for text in texts] for n in (1, 2, 3, 4, 5, LONG)}
     real = {n: [hashes(text, n) for text in reference.held_out] for n in range(1, 6)}
-    pool = pool_size(texts)
+    pool = pool_size(reference.held_out)    # one for all that are compared: it goes by the length of texts
     pick = lambda n, kept: [grams[n][i] for i in kept]
     return {
         'entropy': lambda kept: unigram_entropy(pick(1, kept)),

@@ -71,8 +71,8 @@ class DiffusionObjective(Objective):
             blocks, of_blocks['blocks'] = diffusion.forward_blocks(
                 self.trunk, self.model, text, generator, in_blocks, self.partly_masked(text, seed, in_blocks),
                 viewed=sampler_rows > 0)
-        heads = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
-        return losses | {name: heads[name] for name in ('sampler', 'critic') if name in heads} | of_blocks
+        heads, _ = diffusion.head_losses(self.model, batch, seed, sampler_rows, critic_rows, blocks=blocks)
+        return losses | heads | of_blocks
 
     def validate(self, x0, batch_size, seed, sampler, critic):
         return diffusion.validate(self.model, x0, batch_size, seed, sampler, critic)

@@ -33,11 +33,11 @@ class Plan:
     wave_of: torch.Tensor    # (B, T) int64; in wave 0 the language-model head fills, in later ones the sampler head
     lanes: list = None       # [[Lane]] of each pass, where filling is from left to right
     blockwise: bool = False    # the trunk reads text from left to right and the block behind it (blocks.py)
-    speculative: int = 0    # forward passes at most, of which all but the first check a draft
+    speculative_passes: int = 0    # at most, of which all but the first check a draft; 0: not speculative
 
     @property
     def passes(self):
-        return self.speculative or int(self.pass_of.max()) + 1
+        return self.speculative_passes or int(self.pass_of.max()) + 1
 
 
 def check_plan(name, passes):
@@ -73,7 +73,7 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, free=
     pass_of, wave_of = torch.zeros(B, length, dtype=torch.int64), None
     if name == 'speculative':
         plan = make_plan('left-to-right', length, 1, sequences=sequences, free=free, device=device)
-        return replace(plan, blockwise=True, speculative=passes)
+        return replace(plan, blockwise=True, speculative_passes=passes)
     if fills_from_left(name):
         plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
         pass_of = plan.pass_of.expand(B, -1)

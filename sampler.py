@@ -20,6 +20,7 @@ from layers import norm
 
 
 CHUNK = 32    # tokens that gradients of the recurrent state reach back at most
+NEVER = 1 << 62    # later than any wave: beyond the ends nothing is ever known
 
 
 def low_rank(n_in, n_out, rank, bias=True):
@@ -93,6 +94,15 @@ class SamplerHead(nn.Module):
         self.scale = nn.Linear(width, 1)
         for p in (self.out[1].weight, *self.scale.parameters()):
             nn.init.zeros_(p)
+
+    def train(self, mode=True):
+        """As of any module, but the GRU, which has no dropout, stays in training mode: cuDNN has gradients in no other.
+
+        Beside a frozen trunk, in evaluation mode, the head learns.
+        """
+        super().train(mode)
+        self.reader.train()
+        return self
 
     def project(self, hidden, last=None):
         """The part of the features that is known before any token is drawn: hidden, last (N, C) -> (N, H)."""
@@ -195,6 +205,15 @@ def padded_neighbors(padded, at, offsets):
     return padded[sequences[:, None], positions[:, None] + len(offsets) // 2 + offsets]
 
 
+def filled_before(x0, order, own, at, offsets, mask_id):
+    """Neighbours (N, S) of positions that are filled before own (N,); [MASK] for the others.
+
+    x0 (B, T) ids; order (B, T) int64: when each position is filled; at, offsets: as in neighbors.
+    """
+    known = neighbors(order, at, offsets, NEVER) < own[:, None]
+    return torch.where(known, neighbors(x0, at, offsets, mask_id), mask_id)
+
+
 # -----------------------------------------------------------------------------
 # training
 
@@ -227,9 +246,8 @@ def known_neighbors(x0, resample_mask, first, at, offsets, mask_id):
     rescored, when all is filled. Returns (N, S) ids, [MASK] where not yet known.
     """
     wave = wave_numbers(resample_mask, first)
-    own_wave = torch.where((resample_mask & ~first)[at], wave[at], 1 << 29)
-    known = neighbors(wave, at, offsets, 1 << 30) < own_wave[:, None]    # beyond the ends nothing ever is
-    return torch.where(known, neighbors(x0, at, offsets, mask_id), mask_id)
+    own_wave = torch.where((resample_mask & ~first)[at], wave[at], NEVER - 1)
+    return filled_before(x0, wave, own_wave, at, offsets, mask_id)
 
 
 def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True):

@@ -6,8 +6,9 @@ import torch
 import torch.nn as nn
 
 from adapt import Adapted, fit
-from conftest import NO_HEADS, TINY, checkpoint_in, same_weights
+from conftest import NO_HEADS, TINY, checkpoint_in, same_weights, tiny_batch, tiny_model
 from decoding import DecoderConfig, default_config, generate
+from diffusion import head_losses
 from likelihood import log_likelihood
 from plans import make_plan
 
@@ -95,6 +96,15 @@ def plain(train, tmp_path):
 
 
 FIT = ['config/fit_sampler.py', *TINY[1:], '--start_sampler_iteration=0', '--max_iters=8', '--eval_interval=4']
+
+
+def test_the_head_beside_a_frozen_trunk_can_learn_on_every_device(monkeypatch):
+    """cuDNN computes gradients of a GRU in training mode alone, and a frozen trunk is in evaluation mode."""
+    model, modes, plain = tiny_model().eval(), [], torch.nn.GRU.forward
+    monkeypatch.setattr(torch.nn.GRU, 'forward', lambda self, *args: modes.append(self.training) or plain(self, *args))
+    losses, _ = head_losses(model, tiny_batch(model), seed=0, sampler_rows=4)
+    losses['sampler'].backward()
+    assert modes and all(modes) and not model.training and not model.sampler_head.training
 
 
 def test_heads_for_a_finished_model_leave_its_trunk_as_it_was(script, toy_data, plain):

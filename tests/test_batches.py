@@ -7,11 +7,23 @@ import torch
 
 import diffusion
 import objectives
-from batches import Share
+from batches import Share, spread_choice
 from conftest import tiny_model
 from corpus import Corpus
 
 G = 12
+
+
+@pytest.mark.parametrize('n_all, n', [(12, 5), (48, 25), (48, 16), (7, 7), (3, 9)])
+def test_as_many_are_chosen_as_asked_for_each_as_often(n_all, n):
+    """Of 48 sequences 25 were 48: the stride was a whole number."""
+    counts = torch.zeros(n_all)
+    for seed in range(400):
+        chosen = spread_choice(n_all, n, torch.Generator().manual_seed(seed))
+        assert len(chosen.unique()) == len(chosen) == min(n, n_all)
+        assert chosen.diff().max() - chosen.diff().min() <= 1 and 0 <= chosen[0] and chosen[-1] < n_all
+        counts[chosen] += 1
+    torch.testing.assert_close(counts / 400, torch.full((n_all,), min(1.0, n / n_all)), rtol=0, atol=0.12)
 
 
 def test_shares_by_hand():

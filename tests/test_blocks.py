@@ -172,5 +172,5 @@ def test_blocks_of_one_position_leave_the_heads_loss_finite():
     batch = tiny_batch(model)
     batch.x0, batch.mask, batch.hidden = batch.x0[:, :4], batch.mask[:, :4], batch.hidden[:, :4]
     for _, blocks, _ in block_choices(model, x, range(2)):
-        losses = head_losses(model, batch, seed=0, sampler_rows=4, blocks=blocks)
+        losses, _ = head_losses(model, batch, seed=0, sampler_rows=4, blocks=blocks)
         assert blocks.positions.numel() == 0 and losses['sampler'].isfinite()

@@ -85,7 +85,7 @@ def test_beta_ratios_of_tiny_numbers_are_above_0():
 def test_heads_learn_from_batches_of_any_size(B):
     model = tiny_model()
     for seed in range(4):
-        losses = diffusion.head_losses(model, tiny_batch(model, B, seed=seed), seed, sampler_rows=8, critic_rows=8)
+        losses, _ = diffusion.head_losses(model, tiny_batch(model, B, seed=seed), seed, sampler_rows=8, critic_rows=8)
         assert losses['sampler'].isfinite() and losses['critic'].isfinite()
 
 
@@ -95,7 +95,7 @@ def test_head_losses_go_by_their_seed_alone():
     batch = tiny_batch(model)
 
     def losses(seed):
-        found = diffusion.head_losses(model, batch, seed, sampler_rows=4, critic_rows=2)
+        found, _ = diffusion.head_losses(model, batch, seed, sampler_rows=4, critic_rows=2)
         return found['sampler'].item(), found['critic'].item()
     first = losses(1)
     torch.rand(7)
@@ -129,7 +129,7 @@ def chain_model():
         optimizer.param_groups[0]['lr'] = 3e-3 * min(1, 2 * (1 - step / steps))
         x0 = chain_sequences(64, rng)
         batch = diffusion.forward_masked(model, model, x0, draw_masks(spread_ratios(64), T))
-        losses = diffusion.head_losses(model, batch, seed=step, sampler_rows=128)
+        losses, _ = diffusion.head_losses(model, batch, seed=step, sampler_rows=128)
         (F.cross_entropy(batch.lm_logits, batch.targets) + losses['sampler']).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -71,6 +71,20 @@ def test_pool_has_a_fixed_number_of_characters():
     assert metrics.pool_size(['x' * 256] * 4) == 3
 
 
+def test_texts_of_other_lengths_are_counted_in_the_same_pool():
+    """The pool went by the texts' own mean length: one character more and real text was 7% more diverse."""
+    real = repetitive_texts(64, 0)
+    reference = metrics.Reference.of('', real)
+    longer = [text + ' ' for text in real]
+    found = [metrics.describe(texts, {}, reference)['distinct4']['value'] for texts in (real, longer)]
+    pool = metrics.pool_size(real)
+    assert found == [metrics.distinct_ngrams(grams(texts, 4), pool) for texts in (real, longer)]
+
+
+def test_nothing_to_measure_is_no_best_value():
+    assert metrics.in_vocabulary(['12 34!'] * 4, {'a'}) == metrics.repeated_within([metrics.hashes('ab', 20)] * 4) == 0
+
+
 def repetitive_texts(n, seed):
     """Texts of the same 60 words, some of which repeat one of three phrases: diversity varies between samples."""
     rng = np.random.default_rng(0)

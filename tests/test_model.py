@@ -49,7 +49,7 @@ def test_rotation_keeps_lengths_and_knows_distances_only():
 def loss_and_gradients(model, trunk):
     x0, _, mask = masked_sequences()
     batch = diffusion.forward_masked(trunk, model, x0, mask)
-    losses = diffusion.head_losses(model, batch, seed=0, sampler_rows=6, critic_rows=2)
+    losses, _ = diffusion.head_losses(model, batch, seed=0, sampler_rows=6, critic_rows=2)
     values = [F.cross_entropy(batch.lm_logits, batch.targets), losses['sampler'], losses['critic']]
     model.zero_grad()
     sum(values).backward()

@@ -12,7 +12,7 @@ def losses_of(model):
     batch = diffusion.forward_masked(model, model, x0, mask)
     blocks = next(b for b in (diffusion.forward_blocks(model, model, x0, torch.Generator().manual_seed(seed))[0]
                               for seed in range(99)) if b.last.abs().sum() > 0)    # behind some text
-    return diffusion.head_losses(model, batch, seed=0, sampler_rows=4, critic_rows=4, blocks=blocks)
+    return diffusion.head_losses(model, batch, seed=0, sampler_rows=4, critic_rows=4, blocks=blocks)[0]
 
 
 @pytest.mark.parametrize('head', ['sampler', 'critic'])
