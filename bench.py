@@ -29,6 +29,7 @@ import torch
 import autoregressive
 import decoding
 import filling
+import memory
 import time_to_loss
 import train
 from batches import Share
@@ -78,6 +79,8 @@ def arguments():
     args, settings = parser().parse_known_args()
     args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
     check_range(f'--rounds is {args.rounds}', args.rounds, Range(1, 10 ** 4))
+    if any(setting.startswith('--out_dir=') for setting in settings):
+        raise InputError('found --out_dir, which is a setting of train.py; wanted --out-dir, where bench.json goes')
     config = SimpleNamespace(**configure(train.settings, [args.config, *settings]))
     check(config)
     if config.freeze_trunk or config.trunk_checkpoint:
@@ -140,7 +143,12 @@ class NanoGPT:
             raise InputError(f'--nanogpt {path!r} not found; wanted a clone of https://github.com/karpathy/nanoGPT')
         spec = importlib.util.spec_from_file_location('nanogpt_model', path)
         module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+            module.GPT, module.GPTConfig(bias=False)
+        except Exception as error:    # whatever another model.py does
+            raise InputError(f'--nanogpt {path!r} is not nanoGPT\'s model.py ({type(error).__name__}: {error}); '
+                             f'wanted a clone of https://github.com/karpathy/nanoGPT') from error
         shape = {name: getattr(config, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout')}
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = module.GPT(module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)).to(config.device)
@@ -250,8 +258,13 @@ def models(args, config):
     if args.checkpoint:
         model, _, _ = load_model(args.checkpoint)
         require_generator(model, args.checkpoint)
+        if model.sampler_head is None or model.critic_head is None:
+            raise InputError(f'{args.checkpoint!r} lacks a sampler or a critic head that has learned; wanted a model '
+                             f'with both, whose decoding is to be timed')
     else:
-        model = GPT(GPTConfig.of(config, VOCAB_SIZE))
+        model_config = GPTConfig.of(config, VOCAB_SIZE)
+        memory.require_for_training(config, model_config, config.device, divisor=1)
+        model = GPT(model_config)
     causal = vars(model.config) | {'attention_type': 'causal', 'add_sampler_head': False, 'add_critic_head': False}
     return [m.to(config.device).eval().requires_grad_(False) for m in (model, GPT(GPTConfig(**causal)))]
 

@@ -25,6 +25,7 @@ from errors import InputError, within
 from files import write_atomically
 from finite import require_finite
 from model import GPT, GPTConfig
+from schedules import begins_to_learn
 
 FIELDS = {'model_args': dict, 'model': dict, 'iter_num': int, 'config': dict, 'corpus': dict}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -219,14 +220,13 @@ def load_model(path, kind='char_diffusion_sampler'):
 
 
 def untrained_heads(saved):
-    """Heads of a checkpoint that had not begun to learn when it was saved; the critic's loss first counts for 0."""
+    """Heads of a checkpoint that had not begun to learn when it was saved."""
     starts, interval = saved.get('start_iter', {}), saved['config'].get('critic_interval', 1)
+    interval = interval if isinstance(interval, int) and interval > 0 else 1
     for head in ('sampler', 'critic') if isinstance(starts, dict) else ():
         start = starts.get(head)
         if saved['model_args'].get(f'add_{head}_head') and isinstance(start, int):
-            if head == 'critic' and isinstance(interval, int) and interval > 0:
-                start = (start // interval + 1) * interval
-            if start >= saved['iter_num']:
+            if begins_to_learn(head, start, interval) >= saved['iter_num']:
                 yield head
 
 

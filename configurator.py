@@ -52,7 +52,7 @@ def read_file(path):
 
 def known(defaults, name, where):
     if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.0)
         raise InputError(f'unknown setting {name!r} in {where}; the nearest one is {near[0]!r}')
 
 

@@ -3,6 +3,7 @@
 A corpus is a folder with train.bin and val.bin (uint16 ids, the first 90% and the last 10% of the text) and
 meta.json (vocabulary, counts, source, sha256). The last id of every vocabulary is [MASK], which no text holds.
 """
+import argparse
 import hashlib
 import http.client
 import importlib.util
@@ -14,6 +15,7 @@ import zlib
 
 import numpy as np
 
+import errors
 from errors import InputError, within
 from files import make_folder, require_file, write_atomically
 
@@ -124,8 +126,10 @@ def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR, overwrite=F
             'sha256': hashlib.sha256(text.encode()).hexdigest()}
     folder = os.path.join(data_dir, name)
     path = os.path.join(folder, 'meta.json')
-    if os.path.exists(path) and not overwrite and read_meta(path, name)['sha256'] != meta['sha256']:
-        raise InputError(f'{folder!r} holds a corpus of another text, on which checkpoints may rest; give another '
+    found = read_meta(path, name) if os.path.exists(path) and not overwrite else meta
+    if (found['sha256'], found['kind']) != (meta['sha256'], kind):
+        other = 'text' if found['kind'] == kind else 'kind'
+        raise InputError(f'{folder!r} holds a corpus of another {other}, on which checkpoints may rest; give another '
                          f'name, or replace it with --overwrite')
     tokenizer = Tokenizer(meta)
     cut = int(0.9 * len(text))
@@ -140,6 +144,14 @@ def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR, overwrite=F
         print(f'{split}.bin: {len(ids):,} tokens')
     print(f'vocabulary: {meta["vocab_size"]:,} with [MASK]')
     write_atomically(path, json.dumps(meta).encode())
+
+
+def run(prepare, description):
+    """Call prepare(data_dir) of a data/<name>/prepare.py as its command line says, and exit."""
+    parser = argparse.ArgumentParser(description=description.split(':')[0] + '.')
+    parser.add_argument('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/)')
+    args = parser.parse_args()
+    errors.run(lambda: prepare(args.data_dir))
 
 
 # -----------------------------------------------------------------------------
@@ -176,6 +188,8 @@ def check_meta(meta):
                                        and len(set(chars)) == len(chars) == size - 1 >= 1):
         raise InputError(f'the corpus has {len(chars)} characters and vocab_size={size}, wanted as many distinct '
                          f'characters as tokens but for [MASK]')
+    if meta['val_tokens'] and not meta['val_chars']:
+        raise InputError(f'the corpus has {meta["val_tokens"]} val_tokens of 0 val_chars, wanted at least 1')
     if not 2 <= size <= 2 ** 16 or min(meta[name] for name, kind in META.items() if kind is int) < 0:
         raise InputError(f'the corpus has vocab_size={size}, wanted 2 to {2 ** 16}, and counts of at least 0')
 

@@ -29,7 +29,7 @@ def pick_dtype(name, device):
     """A name in DTYPES; 'auto' is bfloat16 where the hardware multiplies matrices faster in it, else float32."""
     if name == 'auto':
         fast = torch.cuda.is_bf16_supported() if device.startswith('cuda') else \
-            device == 'cpu' and bfloat16_speedup() > 1.2
+            device.startswith('cpu') and bfloat16_speedup() > 1.2
         return 'bfloat16' if fast else 'float32'
     if name not in DTYPES:
         raise InputError(f'dtype {name!r}, wanted auto, {", ".join(DTYPES)}')

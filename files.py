@@ -90,7 +90,7 @@ def locked(path):
         except OSError:    # a file system without locks
             pass
         for name in os.listdir(path):
-            if re.search(r'\.\d+\.part$', name):
+            if re.search(r'\.(pt|jsonl)\.\d+\.part$', name):    # the files of a run; others are not its own
                 with suppress(OSError):
                     os.remove(os.path.join(path, name))
         try:

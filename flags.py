@@ -96,6 +96,7 @@ def page():
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split('\n')[0]).parse_args()
     write_atomically(PAGE, page().encode())
     print(f'saved {os.path.relpath(PAGE)}')
 

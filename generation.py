@@ -92,7 +92,8 @@ def decoder_config(args, model, path, prefix_only=True):
 
 def require_revisions(args, config, revisions):
     """InputError for a flag to which so many iterations that revise leave nothing to do."""
-    asks = changes_revising(args) or args.order is not None and args.plan_passes is None    # --save tells its scores
+    has_use = args.plan_passes is not None and args.save is not None    # --save tells the scores of an order
+    asks = changes_revising(args) or args.order is not None and not has_use
     if not revisions and args.iterations > 1 and asks:
         raise InputError(f'plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
                          f'as another flag asks for; give a smaller --plan-passes')
@@ -131,7 +132,7 @@ def described(config, windows=1):
 
 
 def is_about_revising(args):
-    """Was a flag given that only means something where tokens are remasked or resampled?"""
+    """Was a flag given that only means something where tokens are remasked?"""
     return args.order is not None or changes_revising(args)
 
 

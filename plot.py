@@ -3,7 +3,8 @@
     python plot.py out-char-diffusion
     python plot.py out-a out-b --only nelbo,nll -o curves
 
-Writes curves.png and curves.svg. A run may also be given as the file itself, such as out-a/judge_metrics.jsonl.
+Writes curves.png and curves.svg. A run may also be given as the file itself, such as the judge's,
+out-char-diffusion/judge_model_metrics.jsonl.
 """
 import environment    # before torch, which metrics_log brings
 
@@ -24,6 +25,8 @@ PANELS = ((('main',), 'main loss, nats', 'smoothed'), (('blocks',), 'loss of blo
           (('nelbo', 'nll'), 'NELBO (autoregressive: NLL), nats per token', 'evaluation'),
           (('one_pass_nll',), 'NLL of one pass with the head, nats per token', 'evaluation'),
           (('critic_auc',), "critic's area under ROC", 'evaluation'),
+          (('loss',), "judge's loss, nats", 'evaluation'),
+          (('rank_correlation',), "judge's rank correlation", 'evaluation'),
           (('learning_rate',), 'learning rate', 'batch'), (('ms',), 'milliseconds per iteration', 'smoothed'))
 STYLES = {'val': '-', 'train': '--'}
 BORDERS = {'sampler': '-.', 'critic': ':'}
@@ -83,6 +86,8 @@ def panels_of(runs, only=None):
     panels = [panel for panel in PANELS
               if any(set(panel[0]) & set(e) and ('split' in e) == (panel[2] == 'evaluation')
                      for entries in runs.values() for e in entries)]
+    if not panels:
+        raise InputError(f'{", ".join(runs)}: no figures that plot.py draws; wanted the metrics of a run of train.py')
     if only is None:
         return panels
     known = [name for names, *_ in panels for name in names]
@@ -97,7 +102,7 @@ def draw(runs, panels):
     columns = max(1, min(3, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     width = 4.6 * columns if columns > 1 else 7
-    figure, axes = plt.subplots(rows, columns, figsize=(width, 3.2 * rows + 0.5), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 3.2 * rows), squeeze=False, sharex=True)
     for axis in axes.flat[len(panels):]:
         axis.remove()
     for axis, (names, title, source) in zip(axes.flat, panels):
@@ -111,7 +116,7 @@ def draw(runs, panels):
             values = np.concatenate([curve(entries, 'ms')[1] for entries in runs.values()])
             axis.set_ylim(0, 1.2 * np.nanpercentile(values, 98))
         if source == 'evaluation':
-            show_what_is_learned(axis)
+            leave_out_iteration_0(axis)
     add_legend(figure, runs)
     return figure
 
@@ -133,10 +138,14 @@ def draw_run(axis, entries, name, source, color):
     axis.plot(iterations, smooth(values, n), color=color, lw=1.5)
 
 
-def show_what_is_learned(axis):
-    """Leave iteration 0, before which nothing was learned, out of the range of a panel, unless there is no other."""
-    values = np.concatenate([line.get_ydata()[line.get_xdata() > 0] for line in axis.lines if line.get_marker() == '.']
-                            or [[]])
+def leave_out_iteration_0(axis):
+    """Set the range of a panel of evaluations by what came after training began, for each line that has any such."""
+    values = []
+    for line in axis.lines:
+        iterations, figures_of_it = line.get_data()
+        if line.get_marker() == '.':
+            values.append(figures_of_it[iterations > 0] if (iterations > 0).any() else figures_of_it)
+    values = np.concatenate(values) if values else []
     if len(values):
         margin = 0.05 * np.ptp(values) or 0.05
         axis.set_ylim(values.min() - margin, values.max() + margin)
@@ -152,7 +161,9 @@ def add_legend(figure, runs):
                 if head in begun]
     columns = min(5, len(handles), int(figure.get_figwidth() / 2.7))    # inches
     rows = math.ceil(len(handles) / columns)
-    top = 1 - (0.1 + 0.18 * rows) / figure.get_figheight()
+    height = 0.1 + 0.18 * rows
+    figure.set_figheight(figure.get_figheight() + height)
+    top = 1 - height / figure.get_figheight()
     figure.legend(handles=handles, loc='upper center', ncols=columns, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, top))
 

@@ -61,6 +61,10 @@ def load_for_resume(path, config, meta):
         raise InputError(f'{path!r}: best_val_loss is nan, wanted a number')
     require_same_vocabulary(saved['corpus'], path, meta)
     require_same_yardstick(saved, path, config, meta)
+    require_same_files(saved, path, config)
+    if config.trunk_checkpoint not in ('', saved['config'].get('trunk_checkpoint', '')):
+        raise InputError(f'found trunk_checkpoint={config.trunk_checkpoint!r}, but a resumed run goes on with the '
+                         f'trunk of {path!r}; leave it out, or begin a new run')
     for name in SHAPE + HEAD_SHAPE + ('add_sampler_head', 'add_critic_head'):
         if not hasattr(config, name):
             continue    # vocab_size: compared by the corpus
@@ -125,6 +129,15 @@ def require_same_yardstick(saved, path, config, meta):
                          f'{best_path_of(config) if config.always_save_checkpoint else path_of(config)!r}')
     if differing:
         saved['best_val_loss'] = float('inf')
+
+
+def require_same_files(saved, path, config):
+    """InputError where the best checkpoint so far would be lost, for it goes by another name now."""
+    before = saved['config'].get('always_save_checkpoint', config.always_save_checkpoint)
+    if before != config.always_save_checkpoint and not (config.overwrite or config.eval_only):
+        raise InputError(f'{path!r} has always_save_checkpoint={before}, this run {config.always_save_checkpoint}, '
+                         f'which keeps its best in another file; resume with the same, or replace what is there with '
+                         f'--overwrite=True')
 
 
 def changed_settings(saved, config):

@@ -16,6 +16,11 @@ def describe_stage(config, number):
     return ' + '.join(name for name in learns if learns[name]) or 'nothing learns'
 
 
+def begins_to_learn(head, start, critic_interval):
+    """The iteration in which a head that begins at start learns first: where the critic begins its weight is 0."""
+    return start if head == 'sampler' else (start // critic_interval + 1) * critic_interval
+
+
 def critic_weight(config, start_iter, it):
     """0 where the critic begins, then linear, critic_alpha from end_critic_iteration on."""
     progress = (it - start_iter['critic']) / max(1, config.end_critic_iteration - start_iter['critic'])

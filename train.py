@@ -116,7 +116,7 @@ settings = {k: v for k, v in globals().items() if k[0] != '_' and k.islower() an
 
 
 def main():
-    if '--help' in sys.argv[1:]:
+    if {'-h', '--help'} & set(sys.argv[1:]):
         print(help_text(settings, __file__))
         return
     config = SimpleNamespace(**configure(settings, sys.argv[1:]))

@@ -27,7 +27,7 @@ SCHEMA = 2                  # of the files that it reads
 MASKED, REMASKED, CORRECTED = 1, 2, 4    # bits of a position's flags in a pass, as view.html reads them
 # settings that change no sample, or that another one says
 UNSHOWN = {'save', 'animate', 'verbose', 'no_progress', 'disable_sampler', 'no_revise'}
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'view.html')
+TEMPLATE = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'view.html')
 
 
 def parser():

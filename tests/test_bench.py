@@ -156,10 +156,21 @@ def test_seconds_to_a_bound_by_hand(script, tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     (['--run', 'nowhere'], "no 'nowhere'"),
     (['--out-dir', 'README.md/out'], 'cannot write'), (['--nanogpt', '/nowhere'], '--nanogpt'),
-    (['--n_layers=3'], 'n_layers'), (['--config', 'config/fit_sampler.py'], 'no stages to time')])
+    (['--n_layers=3'], 'n_layers'), (['--nanogpt', 'model.py'], "is not nanoGPT's model.py"),
+    (['--out_dir=foo'], 'wanted --out-dir'), (['--config', 'config/fit_sampler.py'], 'no stages to time')])
 def test_bad_input_is_one_line(script, arguments, message):
     status, _, err = script('bench.py', *arguments, *SIZE[:-1])
     assert status == 2 and message in err and err.count('\n') == 1
+
+
+def test_a_model_that_memory_cannot_hold_is_one_line(script, tmp_path):
+    status, _, err = script('bench.py', '--quick', '--out-dir', tmp_path, *SIZE, '--n_embd=65536', '--n_layer=99')
+    assert status == 2 and 'GiB of memory' in err and err.count('\n') == 1
+
+
+def test_a_checkpoint_without_a_head_is_one_line(script, half_once, tmp_path):
+    status, _, err = script('bench.py', '--quick', '--checkpoint', half_once / 'ckpt.pt', '--out-dir', tmp_path, *SIZE)
+    assert status == 2 and 'lacks a sampler or a critic head that has learned' in err and err.count('\n') == 1
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='there is no peak memory to read')

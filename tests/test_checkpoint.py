@@ -110,6 +110,24 @@ def test_an_overwritten_run_leaves_nothing_to_resume(train, trained):
     assert left == {'ckpt.pt'} or left == {'ckpt_last.pt'}, 'one run'
 
 
+@pytest.mark.parametrize('before', [True, False])
+def test_the_best_is_not_lost_where_it_goes_by_another_name(train, refused, tmp_path, before):
+    """A resumed run wrote the latest over ckpt.pt, which was the best, and nobody had it any more."""
+    flags = [*NO_HEADS, '--max_iters=6']
+    train(tmp_path, *flags, f'--always_save_checkpoint={before}')
+    kept = contents_of(tmp_path)
+    flags = ['--init_from=resume', *NO_HEADS, f'--always_save_checkpoint={not before}']
+    assert f'has always_save_checkpoint={before}, this run {not before}' in refused(tmp_path, *flags)
+    assert contents_of(tmp_path) == kept
+    train(tmp_path, *flags, '--overwrite=True')
+
+
+def test_a_resumed_run_takes_no_other_trunk(trained, refused):
+    """The setting was recorded and the file never read."""
+    err = refused(trained, '--init_from=resume', '--max_iters=18', '--trunk_checkpoint=nowhere.pt')
+    assert "found trunk_checkpoint='nowhere.pt', but a resumed run goes on with the trunk" in err
+
+
 def test_frozen_heads_do_not_replace_a_better_trunk(train, trained):
     best = torch.load(trained / 'ckpt_best.pt', weights_only=True)
     best['best_val_loss'] = 0.5

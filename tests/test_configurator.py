@@ -1,7 +1,7 @@
 """One rule for config files and the command line: unknown names and other types stop the run and name the setting."""
 import pytest
 
-from configurator import configure
+from configurator import checked, configure
 from errors import InputError
 
 DEFAULTS = {'n_layer': 6, 'learning_rate': 1e-3, 'compile': True, 'dataset': 'shakespeare_char'}
@@ -33,6 +33,12 @@ def test_bad_file(tmp_path, line, message):
 def test_bad_command_line(flag, message):
     with pytest.raises(InputError, match=message):
         configure(DEFAULTS, [flag])
+
+
+def test_a_name_that_is_none_is_named():
+    """A checkpoint's arguments may have any keys; this one was a traceback."""
+    with pytest.raises(InputError, match='unknown setting 3 in a file'):
+        checked(DEFAULTS, 3, 1, 'a file')
 
 
 @pytest.mark.parametrize('flags, message', [

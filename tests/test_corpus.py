@@ -72,6 +72,33 @@ def test_a_missing_or_torn_corpus_says_how_to_make_it(tmp_path):
         corpus.Corpus('torn', str(tmp_path))
 
 
+def test_a_corpus_of_another_kind_is_not_replaced(tmp_path, monkeypatch):
+    """The same text by byte pairs and by character has another vocabulary, on which checkpoints rest."""
+    make = lambda **more: corpus.prepare_text('same', 'to be or not ' * 20, 'test', data_dir=str(tmp_path), **more)
+    make()
+    path = tmp_path / 'same' / 'meta.json'
+    meta = json.loads(path.read_text()) | {'kind': 'gpt2', 'chars': [], 'vocab_size': 300}
+    path.write_text(json.dumps(meta))
+    with pytest.raises(InputError, match='a corpus of another kind, on which checkpoints may rest'):
+        make()
+    make(overwrite=True)
+    assert json.loads(path.read_text())['kind'] == 'char'
+
+
+def test_counts_that_cannot_be_are_one_line(toy_data):
+    meta = corpus.Corpus('toy', str(toy_data)).meta
+    with pytest.raises(InputError, match='val_tokens of 0 val_chars'):
+        corpus.check_meta(meta | {'val_chars': 0})
+
+
+@pytest.mark.parametrize('name', ['pydoc_char', 'shakespeare_char', 'shakespeare'])
+def test_prepare_scripts_read_their_flags(script, name):
+    """They ignored what stood behind their names."""
+    status, out, _ = script(f'data/{name}/prepare.py', '--help')
+    assert status == 0 and '--data-dir' in out
+    assert script(f'data/{name}/prepare.py', '--data_dir=x')[0] == 2
+
+
 def test_a_download_that_breaks_off_is_one_that_failed(tmp_path, monkeypatch):
     """A server that sends less than it promised raises no OSError."""
     monkeypatch.setenv('no_proxy', '*')

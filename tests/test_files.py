@@ -58,9 +58,11 @@ def test_file_and_folder_reach_the_disk(tmp_path, monkeypatch):
 def test_a_second_run_in_the_same_folder_is_refused(train, refused, tmp_path):
     with files.locked(str(tmp_path)):
         (tmp_path / 'ckpt.pt.123.part').write_text('left by a kill')
+        (tmp_path / 'film.7.part').write_text("somebody's own")
         assert 'another run is writing to' in refused(tmp_path, *NO_HEADS)
     train(tmp_path, *NO_HEADS, '--max_iters=1')
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_best.pt', 'metrics.jsonl'], 'no lock, no part'
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_best.pt', 'film.7.part', 'metrics.jsonl'], \
+        'no lock, no part'
     with files.locked(str(tmp_path)), pytest.raises(InputError), files.locked(str(tmp_path)):
         pass
 

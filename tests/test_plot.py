@@ -76,6 +76,13 @@ def test_panels_are_chosen_by_the_names_of_their_figures(drawn):
         drawn(runs, 'nelbo,one_pass_nll')
 
 
+def test_a_judges_validation_is_drawn_and_a_run_without_figures_is_refused(drawn):
+    judge = [{'iter': it, 'split': 'val', 'loss': 0.7, 'rank_correlation': 0.5} for it in (0, 30)]
+    assert titles(drawn({'a': judge})) == ["judge's loss, nats", "judge's rank correlation"]
+    with pytest.raises(InputError, match='no figures that plot.py draws'):
+        drawn({'a': [{'iter': 0, 'loss': 1.0}]})
+
+
 def test_what_came_before_training_does_not_flatten_what_it_taught(drawn):
     run = [{'iter': it, 'split': 'val', 'nelbo': value} for it, value in ((0, 9.0), (30, 3.0), (60, 2.0))]
     low, high = drawn({'a': run}).axes[0].get_ylim()

@@ -6,7 +6,6 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
 import corpus
-import errors
 
 
 def prepare(data_dir=corpus.DATA_DIR):
@@ -15,7 +14,7 @@ def prepare(data_dir=corpus.DATA_DIR):
 
 
 if __name__ == '__main__':
-    errors.run(prepare)
+    corpus.run(prepare, __doc__)
 
 # pydoc_char: 465,048 characters from the manual of Python 3.11.7
 # train.bin: 418,543 tokens

@@ -4,7 +4,6 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
 import corpus
-import errors
 from data.shakespeare_char.prepare import read
 
 
@@ -13,4 +12,4 @@ def prepare(data_dir=corpus.DATA_DIR):
 
 
 if __name__ == '__main__':
-    errors.run(prepare)
+    corpus.run(prepare, __doc__)

@@ -8,7 +8,6 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 import corpus
-import errors
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -23,7 +22,7 @@ def prepare(data_dir=corpus.DATA_DIR):
 
 
 if __name__ == '__main__':
-    errors.run(prepare)
+    corpus.run(prepare, __doc__)
 
 # shakespeare_char: 1,115,394 characters from tiny Shakespeare
 # train.bin: 1,003,854 tokens
