@@ -101,14 +101,14 @@ class HeadFiller:
         however many waves there are. In the wavefront's own order first positions are drawn at temperature 1 (unless it
         is 0): cooler ones would begin every sequence alike.
         """
-        T, reach, first = xt.size(1), self.reach, temperature
+        T, reach, of_first = xt.size(1), self.reach, temperature
         with small_products(hidden):
             if wave is None:
-                wave, first = wave_numbers(mask, self.first(mask, hidden)), 1.0 if temperature else 0.0
+                wave, of_first = wave_numbers(mask, self.first(mask, hidden)), 1.0 if temperature else 0.0
             flat = mask.flatten().nonzero()[:, 0]
-            number, order = wave.flatten()[flat].sort(stable=True)
+            numbers, order = wave.flatten()[flat].sort(stable=True)
             sequences, positions = flat[order] // T, flat[order] % T
-            sizes = number.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
+            sizes = numbers.bincount(minlength=1).tolist()    # the last wait for the device: waves run on without any
             hidden, u = hidden[sequences, positions], u[sequences, positions]
             view, projected = self.view(hidden), self.head.project(hidden)
             x = F.pad(xt, (reach, reach), value=self.mask_id)
@@ -117,7 +117,7 @@ class HeadFiller:
                 now = slice(start, start + size)
                 at = sequences[now], positions[now]
                 if number == 0:
-                    drawn = self.draw(view[now], u[now], first, top_p)
+                    drawn = self.draw(view[now], u[now], of_first, top_p)
                 else:
                     features = self.features(projected[now], padded_neighbors(x, at, self.head.local.offsets))
                     drawn = self.draw(view[now], u[now], temperature, top_p, features)
@@ -166,10 +166,10 @@ class HeadFiller:
             known = self.head.project(hidden[:, begin:end].transpose(0, 1), last).flatten(0, 1)
             known = self.features(known, around.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, B))
             # 3. the steps; with nothing read the first tokens are drawn at temperature 1
-            first = 1.0 if temperature and lanes[0].read_from == lanes[0].start else temperature
+            of_first = 1.0 if temperature and lanes[0].read_from == lanes[0].start else temperature
             starts = [lane.start - begin for lane in lanes]
             tokens, state = self.write_from_left(known, starts, self.view(view), given, fills & inside, u, temperature,
-                                                 top_p, state, first)
+                                                 top_p, state, of_first)
             x, tokens, state = xt.clone(), torch.stack(tokens).unflatten(1, (B, n)), state.clone()
             for i, lane in enumerate(lanes):
                 x[:, lane.start:lane.end] = tokens[:lane.end - lane.start, :, i].T
@@ -177,13 +177,13 @@ class HeadFiller:
             wave = mask * sum((at - lane.start) * ((at >= lane.start) & (at < lane.end)) for lane in lanes)
         return x, wave, steps, state
 
-    def write_from_left(self, known, starts, view, given, fills, u, temperature, top_p, state, first=None,
+    def write_from_left(self, known, starts, view, given, fills, u, temperature, top_p, state, of_first=None,
                         on_step=None):
         """The steps of filling from left to right: in each, one position of every sequence and lane.
 
         known (P, B, H): features of P adjacent positions by what is known beforehand; starts: n ints, where among them
         the lanes begin. For each step view, given ids, fills bool (is it to be filled?) and u, (steps, B * n, ...);
-        state (B * n, S) before. first: the temperature of the first token, which the language-model head then draws;
+        state (B * n, S) before. of_first: the temperature of the first token, which the language-model head then draws;
         None: the sampler head draws it like the others. on_step is called with the features (B * n, H) of each step and
         the state before it. Returns a list of tokens (B * n,) over the steps, and the state behind them.
         """
@@ -198,10 +198,10 @@ class HeadFiller:
                 now = [start + t for start in starts]
                 enters = entering[now[0]] if n == 1 else torch.stack([entering[i] for i in now], 1).flatten(0, 1)
                 features, gates = torch.addmm(enters, state, self.state_weight).split_with_sizes((H, 3 * S), 1)
-                if t or first is None:
+                if t or of_first is None:
                     drawn = self.draw(view, u, temperature, top_p, features)
                 else:
-                    drawn = self.draw(view, u, first, top_p)
+                    drawn = self.draw(view, u, of_first, top_p)
                 tokens.append(torch.where(fills, drawn, given))
                 if on_step:
                     on_step(features, state)

@@ -52,7 +52,7 @@ def decoder_config(args, model, path, prefix_only=True):
         raise InputError(f'{path!r} has no sampler head that has learned, which --corrections needs')
     use_sampler = False if args.disable_sampler else None
     given = {name: getattr(args, name) for name in ('order', 'plan') if getattr(args, name)}
-    if (args.plan_passes or 1) > 1 and prefix_only:    # the plans that flags that revise have take one pass
+    if (args.plan_passes or 1) > 1 and prefix_only:    # the default plans for revising take one pass
         with_head = model.sampler_head is not None and not args.disable_sampler
         given.setdefault('plan', 'blocks' if with_head and model.reads_text else 'interleaved')
     revising = is_about_revising(args) or args.plan_passes is not None

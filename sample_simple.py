@@ -44,7 +44,7 @@ def parser():
     add('--checkpoint-name', default='ckpt.pt', metavar='FILE', help='file in it')
     add('--num-samples', type=int, default=4, metavar='N', help='sequences to generate')
     add('--sequence-length', type=int, default=0, metavar='N',
-        help='tokens in each (default: a block, or the template)')
+        help='tokens in each (default: a block or the template)')
     add('--seed-text', default='', metavar='TEXT', help='text that every sample contains')
     add('--seed-placement', choices=('prefix', 'random'), default='prefix', metavar='WHERE',
         help='where: prefix or random')
@@ -57,9 +57,9 @@ def parser():
     add = parser.add_argument_group('how to decode: order').add_argument
     add('--iterations', type=int, metavar='N', help='forward passes over one block, at most; longer texts take '
         'overlapping windows (default: 15)')
-    add('--plan', metavar='NAME', help=f'order of filling everything first: {", ".join(ONE_PASS + ANY_PASSES)} '
-        '(default: speculative, or interleaved without a sampler; where a flag asks to revise left-to-right, or '
-        'wavefront without a sampler; wavefront between given text)')
+    add('--plan', metavar='NAME', help=f'order of filling: {", ".join(ONE_PASS + ANY_PASSES)} '
+        '(default: speculative, blocks with --corrections or --end-temperature, interleaved without a sampler; to '
+        'revise, left-to-right, or wavefront without a sampler; wavefront between given text)')
     add('--plan-passes', type=int, metavar='N',
         help=f'iterations that the plan takes, the others revise (default: 1, or all for {", ".join(ANY_PASSES)})')
     add('--disable-sampler', action='store_true', help='decode naively, each token from its own marginal')

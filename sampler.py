@@ -253,12 +253,13 @@ def known_neighbors(x0, resample_mask, first, at, offsets, mask_id):
 def sampler_examples(model, batch, blocks, n_sequences, generator, augment=True):
     """Examples from a batch, a diffusion.MaskedBatch, and from blocks, a diffusion.BlockBatch or None.
 
-    Half of n_sequences show their masked positions as a wavefront fills them. generator: of CPU noise. augment adds
-    what plain masks lack. In every other one of them only a part of the masked positions, often none, is to be filled:
-    resampling and rescoring. And blank sequences, as decoding begins: half as many again as a wavefront fills them, and
-    n_sequences from left to right, those of the blocks first, whose blocks follow with the view that has read the text
-    before them; the trunk reads one blank sequence for all, for to it they look alike. All are chosen among the global
-    batch, and the examples are those of the sequences here.
+    The masked positions of half of n_sequences, as a wavefront fills them. And with augment what plain masks lack:
+    - in every other one of these only some of the positions, often none, are to be filled: resampling and rescoring;
+    - half as many blank sequences, as a wavefront fills them;
+    - n_sequences blank ones filled from left to right, first those of the blocks;
+    - the blocks, filled from left to right too, with the view that has read the text before them.
+    The trunk reads one blank sequence for all, for to it they look alike. Sequences are chosen among the global batch,
+    and the examples are those of the sequences here. generator: of CPU noise.
     """
     share, T, device = batch.share, batch.x0.size(1), batch.x0.device
     chosen = spread_choice(share.total, max(1, n_sequences // 2), generator)
