@@ -119,7 +119,8 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, 'decode', lambda ids: ''.join(chr(i) if i < 128 else '?' for i in ids))
     text = f'To be or not to be: {string.ascii_letters}, {string.digits}.\n' * 40
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
-    (tmp_path / 'my.txt').write_text(text)
+    for name in ('my', 'russian'):
+        (tmp_path / f'{name}.txt').write_text(text)
     (tmp_path / 'letters').mkdir()
     (tmp_path / 'letters' / 'a.md').write_text(text)
     for name in ('shakespeare_char', 'my_corpus'):
