@@ -143,16 +143,16 @@ class NanoGPT:
             raise InputError(f'--nanogpt {path!r} not found; wanted a clone of https://github.com/karpathy/nanoGPT')
         spec = importlib.util.spec_from_file_location('nanogpt_model', path)
         module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+        shape = {name: getattr(config, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout')}
         try:
             spec.loader.exec_module(module)
-            module.GPT, module.GPTConfig(bias=False)
+            with contextlib.redirect_stdout(io.StringIO()):
+                shape = module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)
+                self.model = module.GPT(shape).to(config.device)
+                self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), config.device.split(':')[0])
         except Exception as error:    # whatever another model.py does
             raise InputError(f'--nanogpt {path!r} is not nanoGPT\'s model.py ({type(error).__name__}: {error}); '
                              f'wanted a clone of https://github.com/karpathy/nanoGPT') from error
-        shape = {name: getattr(config, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout')}
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.model = module.GPT(module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)).to(config.device)
-            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), config.device.split(':')[0])
         ids = torch.randint(vocab_size - 1, (config.batch_size, config.block_size + 1)).to(config.device)
         self.config, self.inputs, self.targets = config, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -258,9 +258,8 @@ def models(args, config):
     if args.checkpoint:
         model, _, _ = load_model(args.checkpoint)
         require_generator(model, args.checkpoint)
-        if model.sampler_head is None or model.critic_head is None:
-            raise InputError(f'{args.checkpoint!r} lacks a sampler or a critic head that has learned; wanted a model '
-                             f'with both, whose decoding is to be timed')
+        if model.sampler_head is None:
+            raise InputError(f'{args.checkpoint!r} has no sampler head that has learned, whose decoding is to be timed')
     else:
         model_config = GPTConfig.of(config, VOCAB_SIZE)
         memory.require_for_training(config, model_config, config.device, divisor=1)

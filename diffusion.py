@@ -257,10 +257,10 @@ def validate(model, x0, batch_size, seed, sampler=False, critic=False):
         per_sequence = nll.new_zeros(batch.mask.shape).masked_scatter(batch.mask, nll).sum(1)
         nelbo.append(per_sequence.cpu().double() / n[part])
         critic_rows = min(4, len(batch.x0)) if critic and i % 4 == 0 else 0
-        losses, said = head_losses(model, batch, derive(seed, i), 2 * len(batch.x0) * sampler, critic_rows,
+        losses, critics = head_losses(model, batch, derive(seed, i), 2 * len(batch.x0) * sampler, critic_rows,
                                    augment=False, critic_iterations=4)
-        if said:
-            ranked.append([values.cpu() for values in said])
+        if critics:
+            ranked.append([values.cpu() for values in critics])
         for name, value in (losses | {'main': nll.mean()}).items():
             totals.setdefault(name, []).append((value.cpu().double(), int(batch.mask.sum())))
     nelbo = torch.cat(nelbo)[order.argsort()]    # along the grid

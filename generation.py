@@ -22,12 +22,11 @@ from distributed import share_of
 from errors import InputError
 from files import write_atomically
 from judge import Judge
-from plans import check_plan, fills_from_left
+from plans import check_plan, fills_from_left, reads_blockwise
 from progress import passes_text
 from prompts import given_text, is_prefix
 
 SCHEMA = 2    # of the file that --save writes
-READS_FROM_LEFT = ('left-to-right', 'blocks', 'speculative')    # plans that fill no gaps
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrained', 'tiny_shakespeare.pt')
 
 
@@ -67,9 +66,6 @@ def decoder_config(args, model, path, prefix_only=True):
     if fills_from_left(config.plan) and args.seed_text and args.seed_placement == 'random':
         raise InputError(f'--plan {config.plan} needs the same positions in every sample; found --seed-placement '
                          f'random; wanted --plan wavefront, interleaved, spans or random')
-    if not prefix_only and config.plan in READS_FROM_LEFT:
-        raise InputError(f'--plan {config.plan} reads from left to right and would not see the text behind a blank; '
-                         f'wanted --plan wavefront, interleaved, spans or random')
     if config.plan == 'speculative':
         require_speculative(args, config)
     revisions = args.iterations - config.plan_passes
@@ -92,8 +88,8 @@ def decoder_config(args, model, path, prefix_only=True):
 
 def require_revisions(args, config, revisions):
     """InputError for a flag to which so many iterations that revise leave nothing to do."""
-    has_use = args.plan_passes is not None and args.save is not None    # --save tells the scores of an order
-    asks = changes_revising(args) or args.order is not None and not has_use
+    saves_scores = args.plan_passes is not None and args.save is not None
+    asks = changes_revising(args) or args.order is not None and not saves_scores
     if not revisions and args.iterations > 1 and asks:
         raise InputError(f'plan {config.plan} takes all {args.iterations} iterations and leaves none to revise, '
                          f'as another flag asks for; give a smaller --plan-passes')
@@ -105,6 +101,17 @@ def require_revisions(args, config, revisions):
         if is_given and revisions < n:
             raise InputError(f'found {flag} with {revisions} of {args.iterations} iterations to revise, wanted at '
                              f'least {n}; give more {more}')
+
+
+def require_sight(config, free, block_size):
+    """InputError for a plan that does not see text given behind a blank, where nothing is revised.
+
+    free (B, T) bool: all but given text.
+    """
+    begins = int((~free[0]).cumprod(0).sum()) or int(free.size(1) > block_size)    # later windows begin with text
+    if reads_blockwise(config.plan, config.plan_passes, begins) and not config.mask_ratios:
+        raise InputError(f'--plan {config.plan} reads from left to right and would not see the text behind a blank; '
+                         f'wanted --plan wavefront, interleaved, spans or random')
 
 
 def require_speculative(args, config):
@@ -265,6 +272,8 @@ def generate_text(args, processes):
     x, free = given_text(args, tokenizer, model.config.block_size)
     length = x.size(1)
     config = decoder_config(args, model, path, is_prefix(args, free))
+    if not is_prefix(args, free):
+        require_sight(config, free, model.config.block_size)
     if args.quality_metric == 'node' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head that has learned, which --quality-metric node needs')
     device = processes.device

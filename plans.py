@@ -59,6 +59,16 @@ def fills_from_left(name):
     return name in ('left-to-right', 'blocks', 'speculative') or is_fronts(name)
 
 
+def reads_blockwise(name, passes, start):
+    """Does the trunk read text from left to right and masks behind it, and so nothing that is given behind a mask?
+
+    start: how many leading positions are given.
+    """
+    segments = int(name.partition('-')[2]) if is_fronts(name) else passes
+    return name == 'speculative' or name == 'blocks' and segments > 1 \
+        or fills_from_left(name) and segments == 1 and start > 0
+
+
 def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, free=None, device='cpu'):
     """The plan of a name: length T, passes K <= T; seed and sequences (B,) choose random ones; Plan of (B, T).
 

@@ -79,9 +79,9 @@ def smooth(values, n):
 # drawing
 
 def panels_of(runs, only=None):
-    """The PANELS of figures that some run has; only: of these alone, such as 'nelbo,ms'. InputError where it has none.
+    """The PANELS of figures that some run has; only: those of the named figures, such as 'nelbo,ms'.
 
-    runs: {name: entries}.
+    runs: {name: entries}. InputError where no run has a figure that is drawn, or that was named.
     """
     panels = [panel for panel in PANELS
               if any(set(panel[0]) & set(e) and ('split' in e) == (panel[2] == 'evaluation')
@@ -142,10 +142,11 @@ def leave_out_iteration_0(axis):
     """Set the range of a panel of evaluations by what came after training began, for each line that has any such."""
     values = []
     for line in axis.lines:
-        iterations, figures_of_it = line.get_data()
+        iterations, found = line.get_data()
         if line.get_marker() == '.':
-            values.append(figures_of_it[iterations > 0] if (iterations > 0).any() else figures_of_it)
-    values = np.concatenate(values) if values else []
+            values.append(found[iterations > 0] if (iterations > 0).any() else found)
+    values = np.concatenate(values or [[]])
+    values = values[np.isfinite(values)]
     if len(values):
         margin = 0.05 * np.ptp(values) or 0.05
         axis.set_ylim(values.min() - margin, values.max() + margin)

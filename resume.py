@@ -62,9 +62,6 @@ def load_for_resume(path, config, meta):
     require_same_vocabulary(saved['corpus'], path, meta)
     require_same_yardstick(saved, path, config, meta)
     require_same_files(saved, path, config)
-    if config.trunk_checkpoint not in ('', saved['config'].get('trunk_checkpoint', '')):
-        raise InputError(f'found trunk_checkpoint={config.trunk_checkpoint!r}, but a resumed run goes on with the '
-                         f'trunk of {path!r}; leave it out, or begin a new run')
     for name in SHAPE + HEAD_SHAPE + ('add_sampler_head', 'add_critic_head'):
         if not hasattr(config, name):
             continue    # vocab_size: compared by the corpus
@@ -132,20 +129,25 @@ def require_same_yardstick(saved, path, config, meta):
 
 
 def require_same_files(saved, path, config):
-    """InputError where the best checkpoint so far would be lost, for it goes by another name now."""
-    before = saved['config'].get('always_save_checkpoint', config.always_save_checkpoint)
-    if before != config.always_save_checkpoint and not (config.overwrite or config.eval_only):
-        raise InputError(f'{path!r} has always_save_checkpoint={before}, this run {config.always_save_checkpoint}, '
-                         f'which keeps its best in another file; resume with the same, or replace what is there with '
+    """InputError where the latest would replace the only best there is; with overwrite a new best begins."""
+    only_best = not saved['config'].get('always_save_checkpoint', True)
+    if not only_best or not config.always_save_checkpoint or config.eval_only:
+        return
+    if not config.overwrite:
+        raise InputError(f'{path_of(config)!r} is the best of a run with always_save_checkpoint=False, and this run, '
+                         f'with True, would replace it by the latest; resume with False, or begin a new best with '
                          f'--overwrite=True')
+    saved['best_val_loss'] = float('inf')
 
 
 def changed_settings(saved, config):
-    """Settings that a resumed run changes, as 'name old -> new'."""
+    """Settings that a resumed run changes, as 'name old -> new'; it goes on with the trunk it has."""
     before = {'text_masking': 0.0} | saved['config']    # of a checkpoint from before there was that setting
     for name in ('init_from', 'overwrite', 'eval_only', 'device', 'dtype', 'out_dir', 'data_dir'):
         before.pop(name, None)
-    return [f'{name} {before[name]} -> {new}' for name, new in vars(config).items() if before.get(name, new) != new]
+    changed = [name for name, new in vars(config).items() if before.get(name, new) != new]
+    unread = {'trunk_checkpoint': ' (which is not read)'}
+    return [f'{name} {before[name]} -> {getattr(config, name)}{unread.get(name, "")}' for name in changed]
 
 
 def resumed_start_iter(asked_for, saved):

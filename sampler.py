@@ -96,9 +96,9 @@ class SamplerHead(nn.Module):
             nn.init.zeros_(p)
 
     def train(self, mode=True):
-        """As of any module, but the GRU, which has no dropout, stays in training mode: cuDNN has gradients in no other.
+        """The GRU always stays in training mode, for cuDNN computes gradients in that mode alone.
 
-        Beside a frozen trunk, in evaluation mode, the head learns.
+        A head learns in evaluation mode too, beside a frozen trunk. The GRU has no dropout, so nothing else changes.
         """
         super().train(mode)
         self.reader.train()

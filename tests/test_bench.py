@@ -10,7 +10,7 @@ import torch
 import bench
 import time_to_loss
 import timing
-from conftest import tiny_model
+from conftest import NO_HEADS, tiny_model
 from decoding import default_config, generate
 
 SIZE = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=16', '--batch_size=4', '--sampler_rows=4',
@@ -168,9 +168,16 @@ def test_a_model_that_memory_cannot_hold_is_one_line(script, tmp_path):
     assert status == 2 and 'GiB of memory' in err and err.count('\n') == 1
 
 
-def test_a_checkpoint_without_a_head_is_one_line(script, half_once, tmp_path):
-    status, _, err = script('bench.py', '--quick', '--checkpoint', half_once / 'ckpt.pt', '--out-dir', tmp_path, *SIZE)
-    assert status == 2 and 'lacks a sampler or a critic head that has learned' in err and err.count('\n') == 1
+def test_a_checkpoint_without_a_head_is_one_line(script, train, tmp_path):
+    train(tmp_path, *NO_HEADS, '--max_iters=1')
+    status, _, err = script('bench.py', '--quick', '--checkpoint', tmp_path / 'ckpt.pt', '--out-dir', tmp_path, *SIZE)
+    assert status == 2 and 'no sampler head that has learned' in err and err.count('\n') == 1
+
+
+def test_another_model_than_nanogpts_is_one_line(script, tmp_path):
+    (tmp_path / 'model.py').write_text('class GPTConfig:\n    def __init__(self, bias): pass\nGPT = print\n')
+    status, _, err = script('bench.py', '--quick', '--nanogpt', tmp_path, '--out-dir', tmp_path, *SIZE)
+    assert status == 2 and "is not nanoGPT's model.py (TypeError: " in err and err.count('\n') == 1
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='there is no peak memory to read')

@@ -110,22 +110,28 @@ def test_an_overwritten_run_leaves_nothing_to_resume(train, trained):
     assert left == {'ckpt.pt'} or left == {'ckpt_last.pt'}, 'one run'
 
 
-@pytest.mark.parametrize('before', [True, False])
-def test_the_best_is_not_lost_where_it_goes_by_another_name(train, refused, tmp_path, before):
-    """A resumed run wrote the latest over ckpt.pt, which was the best, and nobody had it any more."""
-    flags = [*NO_HEADS, '--max_iters=6']
-    train(tmp_path, *flags, f'--always_save_checkpoint={before}')
+def test_the_only_best_is_not_replaced_by_the_latest(train, refused, tmp_path):
+    """A resumed run wrote the latest over ckpt.pt, which was the best, and nobody had that any more."""
+    train(tmp_path, *NO_HEADS, '--max_iters=6', '--always_save_checkpoint=False')
     kept = contents_of(tmp_path)
-    flags = ['--init_from=resume', *NO_HEADS, f'--always_save_checkpoint={not before}']
-    assert f'has always_save_checkpoint={before}, this run {not before}' in refused(tmp_path, *flags)
+    flags = ['--init_from=resume', *NO_HEADS, '--always_save_checkpoint=True', '--max_iters=9', '--eval_interval=3']
+    assert 'is the best of a run with always_save_checkpoint=False' in refused(tmp_path, *flags)
     assert contents_of(tmp_path) == kept
-    train(tmp_path, *flags, '--overwrite=True')
+    train(tmp_path, *flags, '--overwrite=True', '--learning_rate=0', '--muon_learning_rate=1e-9')
+    assert checkpoint_in(tmp_path, 'ckpt_best.pt')['iter_num'] == 9, 'a new best begins'
 
 
-def test_a_resumed_run_takes_no_other_trunk(trained, refused):
-    """The setting was recorded and the file never read."""
-    err = refused(trained, '--init_from=resume', '--max_iters=18', '--trunk_checkpoint=nowhere.pt')
-    assert "found trunk_checkpoint='nowhere.pt', but a resumed run goes on with the trunk" in err
+def test_a_run_that_keeps_only_the_best_from_now_on_loses_nothing(train, tmp_path):
+    train(tmp_path, *NO_HEADS, '--max_iters=6')
+    best = (tmp_path / 'ckpt_best.pt').read_bytes()
+    train(tmp_path, '--init_from=resume', *NO_HEADS, '--always_save_checkpoint=False', '--max_iters=9')
+    assert (tmp_path / 'ckpt_best.pt').read_bytes() == best
+
+
+def test_a_resumed_run_says_that_it_takes_no_other_trunk(trained, train):
+    """The setting was recorded and the file never read, without a word."""
+    out = train(trained, '--init_from=resume', '--max_iters=14', '--trunk_checkpoint=nowhere.pt')
+    assert 'trunk_checkpoint  -> nowhere.pt (which is not read)' in out
 
 
 def test_frozen_heads_do_not_replace_a_better_trunk(train, trained):

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from decoding import DecoderConfig, decode_window
 from diffusion import validate
 from likelihood import log_likelihood
-from plans import Plan, make_plan
+from plans import ANY_PASSES, Plan, make_plan, reads_blockwise
 
 V, T = 3, 5    # letters and length of the tiny texts: 243 of them
 PLANS = [('left-to-right', 1), ('fronts-2', 1), ('blocks', 2), ('blocks', 5), ('interleaved', 3), ('random', 2),
@@ -227,6 +227,15 @@ def test_plans_by_hand():
     assert blocks.pass_of.tolist() == [[0] * 4 + [1] * 4] and blocks.wave_of.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert plan('interleaved', 4).pass_of.tolist() == [[0, 2, 1, 3] * 2]
     assert plan('blocks', 100).passes == 8, 'no more passes than positions'
+
+
+@pytest.mark.parametrize('name, passes', [('left-to-right', 1), ('fronts-1', 1), ('fronts-3', 1), ('wavefront', 1),
+                                          *((name, K) for name in ANY_PASSES for K in (1, 3))])
+@pytest.mark.parametrize('start', [0, 5])
+def test_which_plans_see_nothing_behind_a_mask(name, passes, start):
+    free = (torch.arange(24) >= start)[None]
+    plan = make_plan(name, 24, passes, first=torch.zeros_like(free), free=free)
+    assert reads_blockwise(name, passes, start) == plan.blockwise
 
 
 @pytest.mark.parametrize('name', ['blocks', 'spans', 'interleaved', 'random'])

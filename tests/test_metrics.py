@@ -73,11 +73,12 @@ def test_pool_has_a_fixed_number_of_characters():
 
 def test_texts_of_other_lengths_are_counted_in_the_same_pool():
     """The pool went by the texts' own mean length: one character more and real text was 7% more diverse."""
-    real = repetitive_texts(64, 0)
+    real = repetitive_texts(128, 0)
     reference = metrics.Reference.of('', real)
     longer = [text + ' ' for text in real]
     found = [metrics.describe(texts, {}, reference)['distinct4']['value'] for texts in (real, longer)]
     pool = metrics.pool_size(real)
+    assert pool != metrics.pool_size(longer)
     assert found == [metrics.distinct_ngrams(grams(texts, 4), pool) for texts in (real, longer)]
 
 

@@ -88,6 +88,9 @@ def test_what_came_before_training_does_not_flatten_what_it_taught(drawn):
     low, high = drawn({'a': run}).axes[0].get_ylim()
     assert 1.8 < low < 2 and 3 < high < 3.2
     assert drawn({'a': run[:1]}).axes[0].get_ylim()[1] > 9, 'it is all there is'
+    both = drawn({'a': run, 'b': [run[0] | {'nelbo': 5.0}]}).axes[0].get_ylim()
+    assert both[0] < 2 and 5 < both[1] < 6, 'and all there is of b'
+    assert drawn({'a': [*run, run[-1] | {'iter': 90, 'nelbo': math.nan}]}).axes[0].get_ylim() == (low, high)
 
 
 def test_what_evaluations_tell_of_the_heads_and_the_loss_of_blocks(drawn):

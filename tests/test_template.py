@@ -66,7 +66,8 @@ def test_text_that_is_given_at_the_front_alone(flags, prefix):
     assert is_prefix(args, given(**flags)[1]) == torch.tensor(prefix)
 
 
-@pytest.mark.parametrize('flags', [[], ['--disable-sampler'], ['--plan', 'interleaved'], ['--iterations', 1],
+@pytest.mark.parametrize('flags', [[], ['--disable-sampler'], ['--plan', 'interleaved'], ['--plan', 'left-to-right'],
+                                   ['--iterations', 1],
                                    ['--order', 'critic']])
 def test_every_sample_keeps_the_text_and_fills_the_blanks(script, trained_once, flags):
     template = 'the ___ sat on a ____ the mat.'
@@ -87,7 +88,8 @@ def test_every_sample_keeps_the_text_and_fills_the_blanks(script, trained_once, 
     (['--template', 'the _at XZ'], "'XZ' is not in the vocabulary"),
     (['--template', 'a_', '--blank', 'ab'], "--blank is 'ab'"),
     (['--template', 'the _at', '--plan', 'speculative'], '--plan speculative reads from left to right'),
-    (['--template', 'the _at', '--plan', 'left-to-right'], 'would not see the text behind a blank'),
+    (['--template', 'the _at', '--plan', 'left-to-right', '--iterations', '1'], 'would not see the text behind'),
+    (['--template', 'the _at', '--plan', 'fronts-1', '--iterations', '1'], 'would not see the text behind a blank'),
     (['--plan', 'blocks', '--seed-text', 'a', '--seed-placement', 'random'], '--plan blocks needs the same positions')])
 def test_bad_templates_are_one_line(script, trained_once, flags, message):
     status, _, err = script('sample_simple.py', '--out-dir', trained_once[0], '--no-progress', *flags)

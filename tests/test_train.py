@@ -15,6 +15,13 @@ from batches import Share
 from conftest import NO_HEADS, TINY, checkpoint_in, contents_of, metrics_in, same_weights
 
 
+def test_a_head_that_will_not_learn_is_said(train, tmp_path):
+    """The critic of a short run had a stage, a loss in the log and nothing learned."""
+    out = train(tmp_path, '--critic_interval=10', '--max_iters=9')
+    assert 'note: the critic head learns from iteration 10 on, which max_iters=9 does not reach' in out
+    assert out.count('does not reach') == 1
+
+
 def test_three_stages(trained_once):
     out_dir, out = trained_once
     at = [out.index(line) for line in (

@@ -24,7 +24,7 @@ def parser():
                         'folders in it too (default: .txt)')
     parser.add_argument('--byte-pairs', action='store_true', help="GPT-2's byte pairs in place of characters")
     parser.add_argument('--data-dir', default=corpus.DATA_DIR, help='where corpora are kept (default: data/)')
-    parser.add_argument('--overwrite', action='store_true', help='replace a corpus of another text')
+    parser.add_argument('--overwrite', action='store_true', help='replace a corpus of another text or kind')
     return parser
 
 
