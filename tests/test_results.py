@@ -163,8 +163,8 @@ def test_code_version_moves_with_the_code(monkeypatch):
 def test_all_modules_that_decide_results_are_in_the_code_version():
     """Of those that evaluate.py imports, by way of others too, these only load, check, show or write."""
     deciding_nothing = {'checkpoint', 'choices', 'configurator', 'distributed', 'environment', 'errors', 'figures',
-                        'files', 'finite', 'heartbeat', 'memory', 'progress', 'report', 'results', 'settings',
-                        'sharding', 'signals', 'tables'}
+                        'files', 'finite', 'heartbeat', 'memory', 'progress', 'report', 'results', 'schedules',
+                        'settings', 'sharding', 'signals', 'tables'}
     found, todo = {'evaluate'}, ['evaluate']
     while todo:
         todo += (new := imported_by(todo.pop()) - found)
