@@ -147,8 +147,8 @@ class NanoGPT:
         try:
             spec.loader.exec_module(module)
             with contextlib.redirect_stdout(io.StringIO()):
-                shape = module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)
-                self.model = module.GPT(shape).to(config.device)
+                its_config = module.GPTConfig(vocab_size=vocab_size - 1, bias=False, **shape)
+                self.model = module.GPT(its_config).to(config.device)
                 self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), config.device.split(':')[0])
         except Exception as error:    # whatever another model.py does
             raise InputError(f'--nanogpt {path!r} is not nanoGPT\'s model.py ({type(error).__name__}: {error}); '

@@ -271,8 +271,9 @@ def generate_text(args, processes):
         print(f'note: the {head} head had not begun to learn when {path} was saved, and is left out')
     x, free = given_text(args, tokenizer, model.config.block_size)
     length = x.size(1)
-    config = decoder_config(args, model, path, is_prefix(args, free))
-    if not is_prefix(args, free):
+    prefix_only = is_prefix(args, free)
+    config = decoder_config(args, model, path, prefix_only)
+    if not prefix_only:
         require_sight(config, free, model.config.block_size)
     if args.quality_metric == 'node' and model.critic_head is None:
         raise InputError(f'{path!r} has no critic head that has learned, which --quality-metric node needs')

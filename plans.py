@@ -59,12 +59,17 @@ def fills_from_left(name):
     return name in ('left-to-right', 'blocks', 'speculative') or is_fronts(name)
 
 
+def segments_of(name, passes):
+    """How many stretches a plan fills from left to right: one for each front, or for each pass."""
+    return int(name.partition('-')[2]) if is_fronts(name) else passes
+
+
 def reads_blockwise(name, passes, start):
     """Does the trunk read text from left to right and masks behind it, and so nothing that is given behind a mask?
 
     start: how many leading positions are given.
     """
-    segments = int(name.partition('-')[2]) if is_fronts(name) else passes
+    segments = segments_of(name, passes)
     return name == 'speculative' or name == 'blocks' and segments > 1 \
         or fills_from_left(name) and segments == 1 and start > 0
 
@@ -85,7 +90,7 @@ def make_plan(name, length, passes, seed=1337, sequences=(0,), first=None, free=
         plan = make_plan('left-to-right', length, 1, sequences=sequences, free=free, device=device)
         return replace(plan, blockwise=True, speculative_passes=passes)
     if fills_from_left(name):
-        plan = from_left(length, int(name.partition('-')[2]) if is_fronts(name) else passes, name == 'blocks', start)
+        plan = from_left(length, segments_of(name, passes), name == 'blocks', start)
         pass_of = plan.pass_of.expand(B, -1)
         if free is not None:
             pass_of = torch.where(free.cpu(), pass_of, -1)
