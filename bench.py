@@ -207,7 +207,7 @@ class Decoding:
 
 
 class Autoregressive:
-    """Text from one token by the causal model of the same size with its key-value cache.
+    """Text from one token by the causal model with the same trunk with its key-value cache.
 
     Beyond the block the window slides, see autoregressive.generate: its later half is read anew when it is full.
     """

@@ -346,7 +346,7 @@ def p_generated_of(model, x, free, hidden):
 
 
 def windows(length, block_size):
-    """(start, end) of the windows that cover a sequence; each overlaps the one before by a quarter or more."""
+    """(start, end) of the windows that cover a sequence; each overlaps the one before by block_size // 4 or more."""
     spans = [(0, min(length, block_size))]
     while spans[-1][1] < length:
         end = min(length, spans[-1][1] + block_size - block_size // 4)

@@ -114,7 +114,7 @@ class GapTable:
         return found
 
     def table(self, measure):
-        """Markdown of one measure: a line for each way of filling, a column for each gap; then the head less naive."""
+        """Markdown of one measure: a line for each way of filling, a column for each gap; then the head minus naive."""
         entries = {(e['decoder'], e['method'], e['passes'] if measure == 'nats_per_token' else 0, e['gap']): e
                    for e in self.entries if e['measure'] == measure}
         rows = []
@@ -131,12 +131,12 @@ class GapTable:
         for _, method, passes in (way for way in ways if way[0] == 'sampler head'):
             pairs = [[entries.get((name, method, passes, gap)) for name in ('sampler head', 'naive')]
                      for gap in self.gaps]
-            add(f'head less naive{", " * bool(method)}{method}', passes or '', [difference(*pair) for pair in pairs])
+            add(f'head minus naive{", " * bool(method)}{method}', passes or '', [difference(*pair) for pair in pairs])
         return markdown(('decoder', 'forward passes', *(f'gap of {gap}' for gap in self.gaps)), rows)
 
 
 def difference(a, b):
-    """Mean of one entry's values less another's and its standard error, over the sequences for which both have one."""
+    """Mean of one entry's values minus another's and its standard error, over the sequences for which both have one."""
     pairs = [x - y for x, y in zip(a['values'], b['values']) if None not in (x, y)] if a and b else []
     return mean_error(pairs) if pairs else (None, None)
 

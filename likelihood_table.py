@@ -1,10 +1,10 @@
 """The likelihood of each decoder against passes, steps and seconds: what evaluate.py --likelihood prints and draws.
 
-likelihood.json is a list of entries: decoder ('naive', 'wavefront', 'ar_baseline', 'nelbo'), plan, passes (at most),
+likelihood.json is a list of entries: decoder ('naive', 'sampler_head', 'ar_baseline', 'nelbo'), plan, passes (at most),
 passes_made by a batch of samples (speculative decoding may be done sooner), waves (its sequential steps of filling),
-nats_per_token and its standard error over sequences, less_baseline and less_baseline_error the mean difference from the
-autoregressive baseline on the same sequences, bits_per_character, seconds for that batch and seconds_1 for one sample,
-at temperature 1, all decoders by turns. What they depend on is in likelihood_identity.json.
+nats_per_token and its standard error over sequences, minus_baseline and minus_baseline_error the mean difference from
+the autoregressive baseline on the same sequences, bits_per_character, seconds for that batch and seconds_1 for one
+sample, at temperature 1, all decoders by turns. What they depend on is in likelihood_identity.json.
 """
 import json
 import os
@@ -35,7 +35,7 @@ ROUNDS = 3         # of the seconds, after a warm-up
 FRONTS = (4, 16)
 PASSES = (1, 2, 4, 8, 16)
 # how tables and figures say the decoders of likelihood.json
-NAMES = {'naive': 'naive', 'wavefront': 'sampler head', 'ar_baseline': 'autoregressive, same size',
+NAMES = {'naive': 'naive', 'sampler_head': 'sampler head', 'ar_baseline': 'autoregressive, same trunk',
          'nelbo': 'transformer alone (bound)'}
 HIGHEST = 1.4      # of the figure's bits, as a multiple of the lowest: what is above is named at the edge
 COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'minus autoregression',
@@ -52,10 +52,11 @@ def list_decoders(model, passes, plans=()):
     found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
     found += [('naive', 'blocks', T)]    # one token in each pass: how the trunk reads text
     if model.sampler_head is not None:
-        found += [('wavefront', plan, 1) for plan in ('wavefront', 'left-to-right', *(f'fronts-{n}' for n in FRONTS))]
-        found += [('wavefront', plan, n) for plan in ('interleaved', 'spans', 'blocks') for n in passes if n > 1]
+        fronts = [f'fronts-{n}' for n in FRONTS]
+        found += [('sampler_head', plan, 1) for plan in ('wavefront', 'left-to-right', *fronts)]
+        found += [('sampler_head', plan, n) for plan in ('interleaved', 'spans', 'blocks') for n in passes if n > 1]
         allowed = [n for n in passes if 1 < n < T] + [T]    # at last as many as it takes
-        found += [('wavefront', 'speculative', n) for n in allowed]
+        found += [('sampler_head', 'speculative', n) for n in allowed]
     there = list(dict.fromkeys(plan for _, plan, _ in found))
     for plan in plans:
         if plan not in there:
@@ -108,7 +109,7 @@ def compared(entries):
     for e in entries:
         own = e.pop('values')
         pairs = [a - b for a, b in zip(own, values)] if own and values and e['decoder'] != 'ar_baseline' else []
-        e['less_baseline'], e['less_baseline_error'] = mean_error(pairs) if pairs else (None, None)
+        e['minus_baseline'], e['minus_baseline_error'] = mean_error(pairs) if pairs else (None, None)
     return entries
 
 
@@ -130,7 +131,7 @@ def measure_likelihood(evaluation, rows, decoder, name, passes):
             sequences = range(start, min(start + BATCH, len(rows)))
             plan = plan_of(model, name, passes, seed, sequences, evaluation.device)
             own = x0[sequences.start:sequences.stop]
-            nll.append(-log_likelihood(model, own, plan, use_sampler=decoder == 'wavefront').mean(1))
+            nll.append(-log_likelihood(model, own, plan, use_sampler=decoder == 'sampler_head').mean(1))
         values = torch.cat(nll).tolist()
     if values:
         nats, error = mean_error(values)
@@ -149,7 +150,7 @@ class Sampling:
     def __init__(self, evaluation, first, entry):
         self.evaluation, self.first, self.decoded = evaluation, first, None
         self.is_baseline = entry['decoder'] == 'ar_baseline'
-        self.config = decoding.DecoderConfig(use_sampler=entry['decoder'] == 'wavefront', plan=entry['plan'],
+        self.config = decoding.DecoderConfig(use_sampler=entry['decoder'] == 'sampler_head', plan=entry['plan'],
                                              plan_passes=entry['passes'], mask_ratios=(), seed=evaluation.seed)
 
     def __call__(self, clock):
@@ -181,7 +182,7 @@ def table(entries):
         passes = f'{e["passes_made"]} of {e["passes"]}' if e['passes_made'] < e['passes'] else e['passes']
         rows.append((NAMES[e['decoder']], e['plan'], passes, e['waves'],
                      value_text(e['nats_per_token'], e['error']),
-                     value_text(e['less_baseline'], e['less_baseline_error'], sign='+'),
+                     value_text(e['minus_baseline'], e['minus_baseline_error'], sign='+'),
                      f'{e["bits_per_character"]:.3f}',
                      *('-' if e[key] is None else f'{e[key]:.2f}' for key in ('seconds_1', 'seconds'))))
     return markdown(COLUMNS, rows)
@@ -191,7 +192,7 @@ def plot(entries, corpus, path):
     """Bits per character over forward passes and over seconds: path without its ending, as .png and .svg."""
     from matplotlib.ticker import LogLocator, NullFormatter
     figure, axes = figures.pyplot().subplots(1, 2, figsize=(10, 4.8), sharey=True)
-    styles = {'naive': dict(color='#b2502f', marker='s'), 'wavefront': dict(color='#1f6f8b', marker='o')}
+    styles = {'naive': dict(color='#b2502f', marker='s'), 'sampler_head': dict(color='#1f6f8b', marker='o')}
     lines = {'random': ':', 'interleaved': '--', 'speculative': '-', 'blocks': (0, (8, 2)), 'spans': '-.'}
     markers = {'left-to-right': '>', 'fronts-4': 'D', 'fronts-16': 'v', 'wavefront': '*'}    # of one pass
     for axis, key in zip(axes, ('passes_made', 'seconds')):
@@ -214,7 +215,7 @@ def plot(entries, corpus, path):
         axis.grid(alpha=0.3)
         name_what_is_above(axis, entries, key)
     axes[0].set_ylabel('bits per character')
-    figure.suptitle(f'{corpus}: exact likelihood of decoders on held-out text')
+    figure.suptitle(f'{corpus}: exact likelihood of decoders on validation text')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='lower center', ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figures.save(figure, path)

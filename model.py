@@ -53,7 +53,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.n_embd % config.n_head == 0, f'n_embd {config.n_embd} is no multiple of n_head {config.n_head}'
         self.config = config
-        self.reads_text = True    # has the trunk learned to read text from left to right, or block_rows been 0?
+        self.reads_text = True    # from left to right: a trunk that was trained with block_rows 0 cannot
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         cos, sin = rotary_tables(config.block_size, config.n_embd // config.n_head)

@@ -84,7 +84,7 @@ sampler_min_neighbors_ratio = 0.01  # share of a sequence that is filled first w
 sampler_context = 8         # neighbours on each side that the head sees
 sampler_width = 128         # channels of the head
 sampler_state = 192         # of its recurrent state
-sampler_rows = 16           # sequences that the head learns to fill from left to right, half as many by wavefront
+sampler_rows = 16           # sequences, or more, that the head learns to fill from left to right; by waves 3/4 as many
 # critic head
 add_critic_head = False     # in stage 3
 start_critic_iteration = 3000       # stage 3 begins
@@ -95,7 +95,7 @@ critic_interval = 10        # iterations between those in which it learns; log l
 # optimizer
 freeze_trunk = False        # train the heads alone
 trunk_checkpoint = ''       # of the finished model whose trunk this one starts with
-learning_rate = 1e-3        # AdamW: embeddings, biases, the recurrent state
+learning_rate = 1e-3        # AdamW: embeddings, biases, convolutions, the recurrent state, maps to one number
 muon_learning_rate = 0.02   # Muon: every other matrix
 max_iters = 8000            # iterations, those before a resume counted in
 weight_decay = 0.1          # of Muon's matrices

@@ -165,7 +165,7 @@ def facts(saved):
     if qualities:
         judge = settings['judge_checkpoint_name']
         result.append(f'mean quality {sum(qualities) / len(qualities):.3f} by {judge or "the critic"}')
-    plan = '' if has_no_plan(settings) else f', plan {settings["plan"]}'
+    plan = '' if has_no_plan(settings) else f', {settings["plan"]}'
     return result + [('sampler head' if settings['use_sampler'] else 'naive') + plan,
                      passes_text(saved['forward_passes']), f'{saved["waves"]} waves',
                      f'{len(saved["samples"])} samples in {saved["seconds"]:.2f} s']

@@ -108,10 +108,10 @@ def test_the_table_of_gaps(evaluated, tmp_path, monkeypatch):
     assert all(0 <= e['value'] <= 1 for e in entries if e['measure'] != 'nats_per_token')
     for title in gap_table.MEASURES.values():
         assert f'{title}:\n\n| decoder | forward passes | gap of 4 |' in out
-    assert '| naive, revised | ' in out and '| the text itself | - |' in out and '| head less naive, revised | ' in out
+    assert '| naive, revised | ' in out and '| the text itself | - |' in out and '| head minus naive, revised | ' in out
     by_hand = [e['values'] for e in entries if (e['measure'], e['passes']) == ('nats_per_token', 1)]
     less = np.subtract(*by_hand[::-1])
-    assert f'| head less naive | 1 | {less.mean():.3f} ±{less.std(ddof=1) / len(less) ** 0.5:.3f} |' in out
+    assert f'| head minus naive | 1 | {less.mean():.3f} ±{less.std(ddof=1) / len(less) ** 0.5:.3f} |' in out
     before = (tmp_path / 'gaps.json').read_bytes()
     assert evaluated('--gaps', evaluator='', samples=False)[0] == 0
     status, _, err = evaluated('--gaps', '--seed', 7, evaluator='', samples=False)
@@ -131,7 +131,7 @@ def test_gaps_without_a_word():
     gap_table.GapTable.add(table, 'known_words', 4, 'sampler head', '', 1, [None, 0.5])
     text = gap_table.GapTable.table(table, 'known_words')
     assert '| naive | 1 | - |' in text and '| sampler head | 1 | 0.500 ±0.000 |' in text
-    assert '| head less naive |  | - |' in text
+    assert '| head minus naive |  | - |' in text
 
 
 @pytest.mark.parametrize('plan', ['interleaved', 'spans', 'random'])

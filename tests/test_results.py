@@ -43,10 +43,10 @@ def test_likelihoods_of_another_model_are_not_replaced(evaluated, models, tmp_pa
     found, of = (json.loads((tmp_path / f'likelihood{name}.json').read_text()) for name in ('', '_identity'))
     assert found[0]['decoder'] == 'nelbo' and of['identity']['passes'] == [1, 2]
     assert set(found[-1]) == {'decoder', 'plan', 'passes', 'passes_made', 'waves', 'nats_per_token', 'error',
-                              'less_baseline', 'less_baseline_error', 'bits_per_character', 'seconds', 'seconds_1'}
-    assert [entry['less_baseline'] for entry in found[:2]] == [None, None], 'the bound and the baseline'
+                              'minus_baseline', 'minus_baseline_error', 'bits_per_character', 'seconds', 'seconds_1'}
+    assert [entry['minus_baseline'] for entry in found[:2]] == [None, None], 'the bound and the baseline'
     for entry in found[2:]:
-        assert entry['less_baseline'] == pytest.approx(entry['nats_per_token'] - found[1]['nats_per_token'])
+        assert entry['minus_baseline'] == pytest.approx(entry['nats_per_token'] - found[1]['nats_per_token'])
     assert all(entry[key] > 0 for entry in found[1:] for key in ('seconds', 'seconds_1'))
     assert [entry['passes_made'] for entry in found if entry['decoder'] == 'naive'][:2] == [1, 2]
     assert (tmp_path / 'likelihood.png').exists() and (tmp_path / 'likelihood.svg').exists()
@@ -81,8 +81,8 @@ def test_a_table_of_the_plans_that_are_asked_for(evaluated, models, tmp_path, mo
     assert evaluated(*flags, 'interleaved,speculative', samples=False)[0] == 0
     found = json.loads((tmp_path / 'likelihood.json').read_text())
     assert [(entry['decoder'], entry['plan']) for entry in found[2:]] == [
-        ('naive', 'interleaved'), ('wavefront', 'interleaved'), ('wavefront', 'speculative'),
-        ('wavefront', 'speculative')]
+        ('naive', 'interleaved'), ('sampler_head', 'interleaved'), ('sampler_head', 'speculative'),
+        ('sampler_head', 'speculative')]
     status, _, err = evaluated(*flags, 'zigzag', samples=False)
     assert status == 2 and "--plans has 'zigzag', wanted some of random,interleaved" in err
     status, _, err = evaluated('--plans', 'random')

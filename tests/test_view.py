@@ -68,7 +68,7 @@ def test_settings_that_differ():
     naive = data_of(page([('a', tiny(plan='blocks')), ('b', tiny(plan='wavefront', use_sampler=False))]))
     assert {'cells': ['plan', 'blocks', '-'], 'differs': True} in naive['settings']    # it has no plan to speak of
     decoders = [run['facts'][1:3] for run in naive['runs']]
-    assert decoders == [['sampler head, plan blocks', '3 forward passes'], ['naive', '3 forward passes']]
+    assert decoders == [['sampler head, blocks', '3 forward passes'], ['naive', '3 forward passes']]
     texts = {0.30000001: '0.3', True: 'true', None: '-', 'a b': 'a b', (1.0, 0.5): '[1.0, 0.5]'}
     assert [setting_text(value) for value in texts] == list(texts.values()) and setting_text([1.0, 0.5]) == '1, 0.5'
     assert setting_text([0.9, 0.8, 0.7, 0.6, 0.5]) == '0.9, 0.8 … 0.5 (5 values)'
