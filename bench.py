@@ -41,10 +41,10 @@ from critic import CriticHead
 from decoding import default_config, from_nothing
 from device import DTYPES, autocast, pick_device, pick_dtype
 from errors import InputError, run
-from files import make_folder, write_atomically
+from files import make_folder, require_own, write_atomically
 from filling import HeadFiller, NaiveFiller
 from model import GPT, GPTConfig
-from settings import Range, check, check_range
+from settings import Range, check, check_not_empty, check_range
 from speculative import Writer
 from timing import in_turn, machine, matmul_rate, medians, peak_memory, ratio
 
@@ -77,6 +77,10 @@ def parser():
 
 def arguments():
     args, settings = parser().parse_known_args()
+    check_not_empty(args)
+    others = [flag for flag in sys.argv[1:] if flag.startswith('-') and not flag.startswith('--run')]
+    if args.run and others:
+        raise InputError(f'found {others[0]} with --run, which times nothing itself; wanted one or the other')
     args.rounds = (3 if args.quick else 7) if args.rounds is None else args.rounds
     check_range(f'--rounds is {args.rounds}', args.rounds, Range(1, 10 ** 4))
     if any(setting.startswith('--out_dir=') for setting in settings):
@@ -91,6 +95,7 @@ def arguments():
     config.device = pick_device(config.device)
     config.dtype = pick_dtype(config.dtype, config.device)
     make_folder(args.out_dir)
+    require_own(os.path.join(args.out_dir, 'bench.json'), b'{\n  "machine"', 'the result')
     return args, config, settings
 
 
@@ -139,8 +144,8 @@ class NanoGPT:
 
     def __init__(self, path, config, vocab_size):
         path = os.path.join(path, 'model.py') if os.path.isdir(path) else path
-        if not os.path.isfile(path):
-            raise InputError(f'--nanogpt {path!r} not found; wanted a clone of https://github.com/karpathy/nanoGPT')
+        if not (os.path.isfile(path) and path.endswith('.py')):
+            raise InputError(f'--nanogpt {path!r}: no model.py; wanted a clone of https://github.com/karpathy/nanoGPT')
         spec = importlib.util.spec_from_file_location('nanogpt_model', path)
         module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
         shape = {name: getattr(config, name) for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout')}

@@ -45,7 +45,7 @@ def read_file(path):
             exec(compile(f.read(), path, 'exec'), names)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f'{path} does not run as Python: {type(error).__name__}: {error}') from error
     return {k: v for k, v in names.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)}
 
@@ -67,6 +67,8 @@ def parsed(text, default):
 def checked(defaults, name, value, where):
     known(defaults, name, where)
     wanted = type(defaults[name])
+    if type(value) is int and value.bit_length() > 64:    # which may not even be printed
+        raise InputError(f'setting {name!r} in {where} is an integer of more than 64 bits')
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

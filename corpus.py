@@ -96,7 +96,8 @@ def read_text(path):
 
 
 def download(url, path, sha256, timeout=10):
-    """Fetch url into path unless path is there; the file appears whole and verified or not at all."""
+    """The text at path, fetched from url unless it is there; what is fetched appears whole and verified, or not at all.
+    """
     if not os.path.exists(path):
         try:
             with urllib.request.urlopen(url, timeout=timeout) as response:
@@ -134,24 +135,34 @@ def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR, overwrite=F
     tokenizer = Tokenizer(meta)
     cut = int(0.9 * len(text))
     splits = {'train': text[:cut], 'val': text[cut:]}
+    ids = {split: np.array(tokenizer.encode(part), np.uint16) for split, part in splits.items()}
+    for split in splits if not (overwrite or os.path.exists(path)) else ():
+        require_same_ids(os.path.join(folder, f'{split}.bin'), ids[split])
     make_folder(folder)
     print(f'{name}: {len(text):,} characters from {source}')
     for split, part in splits.items():
-        ids = np.array(tokenizer.encode(part), np.uint16)
-        meta[f'{split}_tokens'], meta[f'{split}_chars'] = len(ids), len(part)
-        meta[f'{split}_crc32'] = zlib.crc32(ids)
-        write_atomically(os.path.join(folder, f'{split}.bin'), ids.tobytes())
-        print(f'{split}.bin: {len(ids):,} tokens')
+        meta[f'{split}_tokens'], meta[f'{split}_chars'] = len(ids[split]), len(part)
+        meta[f'{split}_crc32'] = zlib.crc32(ids[split])
+        write_atomically(os.path.join(folder, f'{split}.bin'), ids[split].tobytes())
+        print(f'{split}.bin: {len(ids[split]):,} tokens')
     print(f'vocabulary: {meta["vocab_size"]:,} with [MASK]')
     write_atomically(path, json.dumps(meta).encode())
 
 
+def require_same_ids(path, ids):
+    """InputError where path, beside which no meta.json tells what it is, holds other ids: another program's."""
+    if os.path.exists(path) and (os.path.getsize(path) != ids.nbytes or (np.fromfile(path, np.uint16) != ids).any()):
+        raise InputError(f'{path!r} is there without a meta.json of ours, as of another program; give another name, or '
+                         f'replace it with --overwrite')
+
+
 def run(prepare, description):
-    """Call prepare(data_dir) of a data/<name>/prepare.py as its command line says, and exit."""
+    """Call prepare(data_dir, overwrite) of a data/<name>/prepare.py as its command line says, and exit."""
     parser = argparse.ArgumentParser(description=description.split(':')[0] + '.')
     parser.add_argument('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/)')
+    parser.add_argument('--overwrite', action='store_true', help='replace a corpus of another text')
     args = parser.parse_args()
-    errors.run(lambda: prepare(args.data_dir))
+    errors.run(lambda: prepare(args.data_dir, args.overwrite))
 
 
 # -----------------------------------------------------------------------------

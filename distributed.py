@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import heartbeat
+from environment import rank_and_world
 from errors import InputError
 
 LONGEST = timedelta(hours=3)    # that the others wait for the first, which evaluates and saves; heartbeat.py is quicker
@@ -22,7 +23,11 @@ class Processes:
 
     def __init__(self, device, shard=False):
         """device 'cuda', 'mps' or 'cpu'; .device is this process's own. shard: several divide the model among them."""
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.rank, self.world = rank_and_world()
+        said = os.environ.get('WORLD_SIZE', '1')
+        if said != str(self.world) or not 0 <= self.rank < self.world:
+            raise InputError(f'the environment has WORLD_SIZE={said} and RANK={os.environ.get("RANK", "")}; wanted '
+                             f'what torchrun sets, or neither')
         self.master_process, self.shards = self.rank == 0, shard and self.world > 1
         self.device = device
         if self.world > 1:
@@ -114,7 +119,7 @@ def leave(status=0):
     it then asks for the interpreter's lock, which finalization no longer gives, and aborts the process, in one run of
     24 on a busy machine. Source: https://github.com/pytorch/pytorch/pull/179291
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if rank_and_world()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

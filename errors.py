@@ -1,9 +1,16 @@
 """What a user can get wrong: one exception, shown as one line on standard error with exit status 2."""
+import errno
 import io
 import os
 import sys
 import time
 from contextlib import contextmanager
+
+from environment import rank_and_world
+
+
+# of errors of printing: the reader of a pipe, such as head, has seen enough; the disk is full
+STATUS = {errno.EPIPE: 141, errno.ENOSPC: 2}
 
 
 class InputError(ValueError):
@@ -38,13 +45,17 @@ def run(main):
     try:
         main()
     except InputError as error:
-        if int(os.environ.get('RANK', 0)):
+        if rank_and_world()[0]:
             time.sleep(5)    # before processes have met: the first says the same, and torchrun ends the others
         say(error)
         sys.exit(2)
-    except BrokenPipeError:    # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as error:
+        if error.errno not in STATUS:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # else what is buffered fails once more
+        if error.errno == errno.ENOSPC:
+            say(f'cannot write the output: {error.strerror}; wanted room where it goes')
+        sys.exit(STATUS[error.errno])
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)

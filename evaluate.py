@@ -23,6 +23,7 @@ import platform
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -41,12 +42,12 @@ from corpus import DATA_DIR, Corpus, bits_per_nat
 from device import DTYPES, autocast, pick_device, pick_dtype
 from distributed import Processes, leave
 from errors import InputError, run
-from files import make_folder, write_atomically
+from files import locked, make_folder, write_atomically
 from judge import Judge
 from metrics import LONG, Reference, describe
 from ngram import NGram
 from recipes import BASELINE, PASSES, QUICK, RECIPES, TEMPERATURES, joined, list_settings
-from settings import SEEDS, Range, check_range
+from settings import SEEDS, Range, check_not_empty, check_range
 from timing import synchronize
 
 EVALUATOR = 'out-char-ar/ckpt.pt'
@@ -223,17 +224,17 @@ def parser():
     add = parser.add_argument
     add('--checkpoint', default='out-char-diffusion/ckpt.pt', help='the masked-diffusion model (default: %(default)s)')
     add('--evaluator', help=f'the causal model that scores samples and is the baseline (default: {EVALUATOR})')
-    add('--judge', default='', help='a judge, for one more column')
+    add('--judge', help='a judge, for one more column')
     add('--out-dir', default='out-evaluation', help='where evaluation.json and the figures go (default: %(default)s)')
     add('--likelihood', action='store_true', help='the exact likelihood of decoders that follow a plan, not samples')
     add('--gaps', action='store_true', help='what the model makes of gaps in real text; needs no evaluator')
     add('--overwrite', action='store_true', help='replace results of other models, seeds or code in --out-dir')
     add('--quick', action='store_true', help='fewer settings: about three minutes with a small model on two cores')
-    add('--decoders', default='', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
-    add('--passes', default='', help=f'numbers of forward passes (default: those of {joined(PASSES)} that a decoder '
+    add('--decoders', help=f'some of {",".join(RECIPES)} (default: all that the model has heads for)')
+    add('--passes', help=f'numbers of forward passes (default: those of {joined(PASSES)} that a decoder '
         f'takes; {joined(likelihood_table.PASSES)} with --likelihood)')
-    add('--plans', default='', help='of --likelihood, such as interleaved,speculative (default: all)')
-    add('--temperatures', default='', help=f'points of each curve (default: {joined(TEMPERATURES)})')
+    add('--plans', help='of --likelihood, such as interleaved,speculative (default: all)')
+    add('--temperatures', help=f'points of each curve (default: {joined(TEMPERATURES)})')
     add('--num-samples', type=int, help='samples of each setting (default: 32)')
     add('--data-dir', default=DATA_DIR, help='where corpora are kept (default: data/ beside this file)')
     add('--seed', type=int, default=1337, help='of the noise (default: %(default)s)')
@@ -245,6 +246,7 @@ def parser():
 
 def arguments():
     args = parser().parse_args()
+    check_not_empty(args)
     chosen = QUICK if args.quick else {'decoders': tuple(RECIPES), 'passes': (), 'temperatures': TEMPERATURES}
     tables = [f'--{name}' for name in ('likelihood', 'gaps') if getattr(args, name)]
     ignored = [name for name in ('judge', 'decoders', 'temperatures', 'num_samples') if getattr(args, name)]
@@ -255,7 +257,7 @@ def arguments():
     if args.plans and not args.likelihood:
         raise InputError('--plans goes with --likelihood; wanted that, or --decoders in place of --plans')
     args.evaluator = args.evaluator or EVALUATOR
-    args.plans = tuple(sorted({plan.strip() for plan in args.plans.split(',')} - {''}))
+    args.plans = tuple(sorted({plan.strip() for plan in (args.plans or '').split(',')} - {''}))
     args.num_samples = 32 if args.num_samples is None else args.num_samples
     args.named = bool(args.decoders)
     args.decoders = names(args.decoders) or chosen['decoders']
@@ -335,7 +337,8 @@ def evaluate(args, processes):
 def main():
     args = arguments()
     with Processes(pick_device(args.device)) as processes, processes.first_speaks():
-        ended_by = evaluate(args, processes)
+        with locked(args.out_dir) if processes.master_process else nullcontext():
+            ended_by = evaluate(args, processes)
     leave(128 + ended_by if ended_by else 0)
 
 

@@ -40,9 +40,8 @@ def main():
     if os.path.exists(args.file):
         raise InputError(f'{args.file!r} exists; wanted a new name')
     saved = checkpoint.load(args.checkpoint)
-    small = exported(saved)
-    checkpoint.model_config(small, args.checkpoint)    # weights that fit
-    checkpoint.save(args.file, small)
+    checkpoint.model_config(saved, args.checkpoint)    # weights that fit
+    checkpoint.save(args.file, exported(saved))
     print(f'saved {args.file}: iteration {saved["iter_num"]}, {os.path.getsize(args.file) / 1e6:.1f} MB, from '
           f'{os.path.getsize(args.checkpoint) / 1e6:.1f} MB')
 

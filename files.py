@@ -85,8 +85,7 @@ def locked(path):
             if fcntl:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f'another run is writing to {path!r}; wait for its end, or give another '
-                             f'--out_dir') from error
+            raise InputError(f'another run is writing to {path!r}; wait for its end, or give another folder') from error
         except OSError:    # a file system without locks
             pass
         for name in os.listdir(path):
@@ -99,6 +98,19 @@ def locked(path):
             if not is_there:
                 with suppress(OSError):    # it holds something
                     os.rmdir(path)
+
+
+def require_own(path, beginning, flag):
+    """InputError where path is a file that begins otherwise than what this program writes there, and not empty."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, 'rb') as f:
+            found = f.read(len(beginning))
+    except OSError as error:
+        raise InputError(f'{flag} {path!r}: {error.strerror}') from error
+    if found and found != beginning:
+        raise InputError(f'{flag} {path!r} would replace a file that another program wrote; give another name')
 
 
 def require_file(path, wanted):

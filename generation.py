@@ -19,7 +19,7 @@ from choices import ANY_PASSES
 from decoding import default_config, default_ratios, generate, linear_ratios, windows
 from device import autocast, pick_dtype
 from distributed import share_of
-from errors import InputError
+from errors import InputError, WriteError
 from files import write_atomically
 from judge import Judge
 from plans import check_plan, fills_from_left, reads_blockwise
@@ -256,7 +256,7 @@ def together(parts, n):
 
 
 def generate_text(args, processes):
-    """Decode, score, show and save what the flags of sample_simple.py ask for; several processes share the samples.
+    """Decode, score, save and show what the flags of sample_simple.py ask for; several processes share the samples.
 
     Returns the number of the signal that ended it early, else 0.
     """
@@ -310,7 +310,7 @@ def generate_text(args, processes):
     if not processes.master_process:
         return stopped_by
 
-    # 3. score, show, save
+    # 3. score, save, show
     texts, scores, meaning = [tokenizer.decode(ids) for ids in done.tokens], [], ''
     if judge and texts:
         ids = torch.tensor(done.tokens).split(args.batch_size)
@@ -318,6 +318,17 @@ def generate_text(args, processes):
         meaning = f'by {args.judge_checkpoint_name}: {judge.meaning}'
     elif args.quality_metric != 'none' and done.p_real and free.any():
         scores, meaning = done.p_real, 'by the critic: 0 is seen through, 0.5 cannot be told from real text'
+    unsaved = None
+    if args.save and texts:
+        samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
+                    'iterations': done.history[i]} for i, (text, ids) in enumerate(zip(texts, done.tokens))]
+        settings = vars(args) | vars(config) | {'device': device, 'dtype': dtype, 'checkpoint': path}
+        data = {'schema': SCHEMA, 'settings': settings, 'vocabulary': saved['corpus'], 'mask_id': tokenizer.mask_id,
+                'seconds': seconds, 'forward_passes': done.passes, 'waves': done.waves, 'samples': samples}
+        try:
+            write_atomically(args.save, json.dumps(data).encode())
+        except WriteError as error:    # the texts are shown all the same
+            unsaved = error
     for i, text in enumerate(texts):
         print(f'--- sample {i}' + (f', quality {scores[i]:.3f}' if scores else '') + f'\n{text}')
     print('---')
@@ -325,13 +336,9 @@ def generate_text(args, processes):
         print(f'mean quality {sum(scores) / len(scores):.3f}, {meaning}')
     print(f'{len(texts)} sample{"s" * (len(texts) != 1)} of {length} tokens in {seconds:.2f} s: '
           f'{passes_text(done.passes)}, {done.waves} waves, {int(free[:len(texts)].sum()) / seconds:,.0f} tokens/s')
+    if unsaved:
+        raise unsaved
     if args.save and texts:
-        samples = [{'text': text, 'tokens': ids, 'quality': scores[i] if scores else None,
-                    'iterations': done.history[i]} for i, (text, ids) in enumerate(zip(texts, done.tokens))]
-        settings = vars(args) | vars(config) | {'device': device, 'dtype': dtype, 'checkpoint': path}
-        write_atomically(args.save, json.dumps({
-            'schema': SCHEMA, 'settings': settings, 'vocabulary': saved['corpus'], 'mask_id': tokenizer.mask_id,
-            'seconds': seconds, 'forward_passes': done.passes, 'waves': done.waves, 'samples': samples}).encode())
         print(f'saved {args.save}')
     if stopped_by:
         print(f'{signals.name_of(stopped_by)} after {len(texts)} of {args.num_samples} samples', file=sys.stderr)

@@ -26,6 +26,7 @@ from filling import HeadFiller
 from likelihood import log_likelihood
 from metrics import mean_error
 from plans import make_plan
+from recipes import joined
 from tables import markdown, value_text
 from timing import in_turn, medians
 
@@ -246,11 +247,13 @@ def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
             require_file(f'{path}.json', 'results that evaluate.py wrote, or nothing')
             results.require_identity(f'{path}_identity.json', identity)
     processes.of_first(prepare)
+    length = evaluation.model.config.block_size
+    if too_many := [n for n in passes if n > length]:
+        print(f'left out: --passes {joined(too_many)}, more than the {length} tokens of a sequence')
     entries = measure(evaluation, decoders, progress)
     if not processes.master_process:
         return
     print(table(entries))
-    length = evaluation.model.config.block_size
     print(f'\n{n_sequences(evaluation)} validation sequences of {length} tokens, {evaluation.dtype} on '
           f'{evaluation.device}; seconds at temperature 1, by turns')
     with suppress(FileNotFoundError):    # never beside the identity of another

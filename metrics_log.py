@@ -33,6 +33,8 @@ class MetricsLog:
             self.wandb = wandb
         if os.path.lexists(self.path):
             require_file(self.path, 'the metrics of a run, or nothing')
+        if not (saved or config.overwrite):
+            require_nothing_to_lose(self.path, config)
         kept = read(self.path, saved['iter_num'], saved.get('evaluated', True)) if saved else []
         write_atomically(self.path, ''.join(map(line, kept)).encode())
         if self.wandb:
@@ -60,6 +62,15 @@ class MetricsLog:
             self.wandb.finish()
 
 
+def require_nothing_to_lose(path, config):
+    """InputError where path holds the figures of a run that had saved a checkpoint, which lies elsewhere now."""
+    first = min(interval for interval in (config.save_interval, config.eval_interval) if interval)
+    last = max((entry['iter'] for entry in read(path, math.inf)), default=0)
+    if last > first:
+        raise InputError(f'{path!r} has the figures of a run up to iteration {last}, whose checkpoint is not there; '
+                         f'choose another --out_dir, or replace them with --overwrite=True')
+
+
 def line(entry):
     """An entry as a line of strict JSON."""
     values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
@@ -67,7 +78,7 @@ def line(entry):
 
 
 def read(path, before, evaluated=True):
-    """Entries before an iteration, and its evaluation if it was evaluated; figures that are null are left out.
+    """Entries before an iteration, and its evaluation if it was evaluated; figures that are null or nan are left out.
 
     A torn line, left by a kill, and what else is no entry are dropped; none where there is no file. InputError where it
     cannot be read.
@@ -87,7 +98,7 @@ def read(path, before, evaluated=True):
         except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and type(entry.get('iter')) is int:
-            entries.append({k: v for k, v in entry.items() if v is not None})
+            entries.append({k: v for k, v in entry.items() if v is not None and v == v})    # nan is not itself
     return [e for e in entries if e['iter'] < before or evaluated and e['iter'] == before and 'split' in e]
 
 
@@ -97,7 +108,7 @@ def of_run(path):
     if not os.path.isfile(file):
         raise InputError(f'no {file!r}; wanted the out_dir of a run of train.py, which writes metrics.jsonl there')
     entries = [entry for entry in read(file, math.inf) if set(entry) - {'iter', 'split'}]
-    fine = all(isinstance(v, (int, float)) and not abs(v) > LARGEST for entry in entries
+    fine = all(isinstance(v, (int, float)) and abs(v) <= LARGEST for entry in entries
                for k, v in entry.items() if k != 'split')
     if not entries or not fine:
         raise InputError(f'{file!r} holds {"something other than" if entries else "no"} figures; wanted the '

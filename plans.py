@@ -51,7 +51,7 @@ def check_plan(name, passes):
 
 def is_fronts(name):
     start, _, n = name.partition('-')
-    return start == 'fronts' and n.isdecimal() and int(n) > 0
+    return start == 'fronts' and n.isdecimal() and len(n) < 10 and int(n) > 0
 
 
 def fills_from_left(name):

@@ -83,22 +83,22 @@ def panels_of(runs, only=None):
 
     runs: {name: entries}. InputError where no run has a figure that is drawn, or that was named.
     """
-    panels = [panel for panel in PANELS
-              if any(set(panel[0]) & set(e) and ('split' in e) == (panel[2] == 'evaluation')
-                     for entries in runs.values() for e in entries)]
+    found = {(name, 'split' in e) for entries in runs.values() for e in entries for name in e}
+    there = lambda names, source: tuple(name for name in names if (name, source == 'evaluation') in found)
+    panels = [(there(names, source), title, source) for names, title, source in PANELS if there(names, source)]
     if not panels:
         raise InputError(f'{", ".join(runs)}: no figures that plot.py draws; wanted the metrics of a run of train.py')
-    if only is None:
-        return panels
     known = [name for names, *_ in panels for name in names]
-    unknown = [name for name in only.split(',') if name not in known]
+    wanted = known if only is None else only.split(',')
+    unknown = [name for name in wanted if name not in known]
     if unknown:
         raise InputError(f'--only {only}: no figure {unknown[0]!r} in these runs; wanted some of {",".join(known)}')
-    return [panel for panel in panels if set(panel[0]) & set(only.split(','))]
+    chosen = ((tuple(name for name in names if name in wanted), title, source) for names, title, source in panels)
+    return [panel for panel in chosen if panel[0]]
 
 
 def draw(runs, panels):
-    """A figure of panels, some of PANELS, all runs in each; runs: {name: entries}."""
+    """A figure of panels, as panels_of gives them, all runs in each; runs: {name: entries}."""
     columns = max(1, min(3, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     width = 4.6 * columns if columns > 1 else 7
@@ -107,14 +107,14 @@ def draw(runs, panels):
         axis.remove()
     for axis, (names, title, source) in zip(axes.flat, panels):
         for number, entries in enumerate(runs.values()):
-            for name in set(names) & {name for entry in entries for name in entry}:
+            for name in (name for name in names if any(name in entry for entry in entries)):
                 draw_run(axis, entries, name, source, f'C{number}')
         axis.set(title=title, xlabel='iteration')
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
         if names == ('ms',):    # the first iterations take longer than all others
             values = np.concatenate([curve(entries, 'ms')[1] for entries in runs.values()])
-            axis.set_ylim(0, 1.2 * np.nanpercentile(values, 98))
+            axis.set_ylim(0, 1.2 * np.percentile(values, 98) or None)
         if source == 'evaluation':
             leave_out_iteration_0(axis)
     add_legend(figure, runs)
@@ -155,7 +155,8 @@ def leave_out_iteration_0(axis):
 def add_legend(figure, runs):
     """What colours and line styles mean, above the panels."""
     line = lambda label, **style: plt.Line2D([], [], label=label, **style)
-    handles = [line(name.rstrip('/'), color=f'C{i}') for i, name in enumerate(runs)]
+    plain = lambda name: name.rstrip('/').replace('$', r'\$')    # else two of them enclose a formula
+    handles = [line(plain(name), color=f'C{i}') for i, name in enumerate(runs)]
     handles += [line(f'evaluated on {split}', color='black', ls=style) for split, style in STYLES.items()]
     begun = {head for entries in runs.values() for head in borders(entries)}
     handles += [line(f'{head} begins', color='black', lw=1, ls=style) for head, style in BORDERS.items()

@@ -1,14 +1,14 @@
 """How far a long step is: bars on standard error, none where that is no terminal; times and passes in words."""
-import os
 import sys
 
 from tqdm import tqdm
 
+from environment import rank_and_world
+
 
 def bar(steps, what):
     """Go through steps, with a bar that is gone when they are done."""
-    first = not int(os.environ.get('RANK', 0))    # of several processes
-    return tqdm(steps, what, leave=False, disable=not (first and sys.stderr.isatty()))
+    return tqdm(steps, what, leave=False, disable=bool(rank_and_world()[0]) or not sys.stderr.isatty())
 
 
 def duration(seconds):

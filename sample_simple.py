@@ -15,7 +15,8 @@ import os
 
 from choices import ANY_PASSES, DTYPES, ONE_PASS
 from errors import InputError, run
-from settings import COUNTS, SEEDS, SHARES, Range, check_range
+from files import require_own
+from settings import COUNTS, SEEDS, SHARES, Range, check_not_empty, check_range
 
 RANGES = {
     'num_samples': COUNTS, 'sequence_length': Range(0, COUNTS.high), 'batch_size': COUNTS,
@@ -48,7 +49,7 @@ def parser():
     add('--seed-text', default='', metavar='TEXT', help='text that every sample contains')
     add('--seed-placement', choices=('prefix', 'random'), default='prefix', metavar='WHERE',
         help='where: prefix or random')
-    add('--template', default='', metavar='TEXT',
+    add('--template', metavar='TEXT',
         help='text with blanks, such as "To be, ____ not": each _ is one token to fill, all else is kept; @FILE '
         'reads it from a file. A larger --sequence-length goes on behind it')
     add('--blank', metavar='CHAR',
@@ -112,6 +113,7 @@ def ratios(text):
 
 def check(args):
     """InputError for a value out of range; settles what depends on another flag."""
+    check_not_empty(args, 'seed_text', 'blank', 'save')
     for name, wanted in RANGES.items():
         value = getattr(args, name)
         if value is not None:
@@ -189,14 +191,7 @@ def check_save(path):
         raise InputError(f'--save {path!r}: no folder {os.path.dirname(path)!r}')
     if not path or os.path.isdir(path):
         raise InputError(f'--save {path!r}, wanted the name of a file, such as samples.json')
-    if os.path.isfile(path) and os.path.getsize(path):
-        try:
-            with open(path, 'rb') as f:
-                found = f.read(9)
-        except OSError as error:
-            raise InputError(f'--save {path!r}: {error.strerror}') from error
-        if found != b'{"schema"':
-            raise InputError(f'--save {path!r} would replace a file that --save did not write; give another name')
+    require_own(path, b'{"schema"', '--save')
 
 
 def main():

@@ -95,6 +95,13 @@ def check_range(text, value, wanted):
         raise InputError(f'{text}, wanted {wanted}')
 
 
+def check_not_empty(args, *but):
+    """InputError for a flag that was given as '', as a shell's variable that is not set is; args: of argparse."""
+    for name, value in vars(args).items():
+        if name not in but and value in ('', ['']):
+            raise InputError(f'--{name.replace("_", "-")} is empty; leave it out, or give a value')
+
+
 def check_shape(c):
     """Sizes that cannot go together, of settings or of the model_args of a checkpoint."""
     if c.n_embd % c.n_head or (c.n_embd // c.n_head) % 2:
@@ -126,6 +133,9 @@ def check_together(c):
     if c.text_masking and (c.model_mode == 'sequence_scorer' or c.attention_type != 'causal' and not c.block_rows):
         raise InputError(f'text_masking={c.text_masking:g} where nothing is read from left to right; wanted 0, a '
                          f'language model with block_rows, or attention_type=causal')
+    if c.freeze_trunk and c.init_from == 'scratch' and not c.trunk_checkpoint:
+        raise InputError('freeze_trunk=True with a fresh trunk, which would stay as random as it is; wanted '
+                         'trunk_checkpoint, or init_from=resume')
     if c.trunk_checkpoint and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):
         raise InputError(f'trunk_checkpoint is of a masked-diffusion model; with attention_type={c.attention_type} and '
                          f'model_mode={c.model_mode} wanted none')

@@ -54,7 +54,8 @@ def animated(saves, sample=0):
     height = 2 * MARGIN + (row + 1) * LINE
     spans = sorted(stretches)
     body = '\n'.join(f'<g class="{class_of(span, n)}">{"".join(stretches[span])}</g>' for span in spans)
-    return f'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">
+    return f'''<!-- made by view.py -->
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">
 <title>{escape(", ".join(title for title, _ in saves))}</title>
 <style>
 {style(spans, n)}

@@ -20,7 +20,7 @@ import svg
 from animate import PLACEHOLDER
 from corpus import Tokenizer
 from errors import InputError, run
-from files import require_file, write_atomically
+from files import require_file, require_own, write_atomically
 from progress import passes_text
 
 SCHEMA = 2                  # of the files that it reads
@@ -35,7 +35,7 @@ def parser():
     parser.add_argument('files', nargs='+', metavar='FILE', help='one or two files that sample_simple.py --save wrote')
     parser.add_argument('-o', '--output', default='compare.html', metavar='PAGE',
                         help='page to write, or an animated picture, x.svg (default: compare.html)')
-    parser.add_argument('--sample', type=int, default=0, metavar='N',
+    parser.add_argument('--sample', type=int, metavar='N',
                         help='which sample the picture shows (default: 0); the page shows all')
     return parser
 
@@ -47,9 +47,14 @@ def main():
     if not args.output.endswith(('.html', '.htm', '.svg')) or os.path.realpath(args.output) == TEMPLATE:
         raise InputError(f'-o {args.output!r}, wanted the name of a page, such as compare.html, or of an animated '
                          f'picture, such as decoding.svg')
+    is_picture = args.output.endswith('.svg')
+    if args.sample is not None and not is_picture:
+        raise InputError(f'found --sample {args.sample} with a page, which shows all samples; leave it out, or give '
+                         f'-o decoding.svg')
     saves = [(path, read(path)) for path in args.files]
-    made = picture(saves, args.sample) if args.output.endswith('.svg') else page(saves)
-    write_atomically(args.output, made.encode(errors='replace'))
+    made = (picture(saves, args.sample or 0) if is_picture else page(saves)).encode(errors='replace')
+    require_own(args.output, made[:made.index(b'view.py')], '-o')    # in the first lines
+    write_atomically(args.output, made)
     print(f'saved {args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, open it in a browser')
 
 

@@ -84,6 +84,7 @@ def bad_settings():
 def contradictions():
     heads = ['--add_sampler_head=True', '--add_critic_head=True']
     for flags in (
+            [*heads, '--freeze_trunk=True', '--start_sampler_iteration=0'], [f'--max_iters=1{"0" * 400}'],
             ['--n_head=0'], ['--n_head=5'], ['--n_head=384'], ['--n_embd=1'], ['--freeze_trunk=True'],
             ['--attention_type=causal', *heads], ['--model_mode=sequence_scorer'], ['--generator_checkpoint=x.pt'],
             ['--model_mode=sequence_scorer', '--generator_checkpoint=x.pt', '--attention_type=causal'],
@@ -292,6 +293,7 @@ def test_flags_of_sampling(monkeypatch, trained_once, tmp_path):
             yield flag('--save', path)
         for flags in (['--threshold', 0.3], ['--schedule-mode=threshold', '--masking-ratios=0.5'],
                       ['--plan=sideways'], ['--plan=fronts-0'], ['--plan=fronts-²'],
+                      [f'--plan=fronts-{"9" * 5000}'], ['--template='], ['--plan='], ['--judge-checkpoint-name='],
                       ['--plan=wavefront', '--plan-passes=2'],
                       ['--seed-text=XYZ'], ['--seed-text', 'the ' * 9], ['--device=cpu:abc'], ['--device=cuda:99'],
                       ['--device='], ['--dtype=float8'], ['--quality-metric=judge'], ['--checkpoint-name='],
@@ -306,6 +308,7 @@ def test_flags_of_evaluating(monkeypatch, trained_once):
     flags = ([f'--{name}={value}' for name in ('num-samples', 'seed', 'passes') for value in (
         'nan', 'inf', -1, 1.5, 'x', 10 ** 30, '1e12')] + [f'--temperatures={value}' for value in (
             'nan', 'inf', '-1', '0', '0.8-nan', ',', 'x', '1,inf')]
+        + ['--decoders=', '--passes=', '--plans=', '--judge=', '--evaluator=']
         + ['--decoders=oracle', '--decoders=,', '--device=cpu:abc', '--dtype=float8', '--checkpoint=nowhere.pt'])
     assert_all_named(((flag, called(monkeypatch, evaluate, *paths, flag)) for flag in flags), at_least=30)
 

@@ -146,7 +146,7 @@ def test_seconds_to_a_bound_by_hand(script, tmp_path):
     assert time_to_loss.training_seconds(entries, 0) == 0
     assert time_to_loss.training_seconds(entries, 8) == pytest.approx(6 * 0.01 + 2 * 0.02)
     assert time_to_loss.training_seconds(entries, 1016) == pytest.approx(6 * 0.01 + 1010 * 0.02)
-    status, out, err = script('bench.py', '--run', tmp_path, *SIZE)
+    status, out, err = script('bench.py', '--run', tmp_path)
     assert status == 0, err
     assert [line.split() for line in out.splitlines()[1:]] == [
         ['0', '0.0', 's', 'nelbo', '4.0000'], ['8', '0.1', 's', 'nelbo', '2.5000'],
@@ -154,13 +154,20 @@ def test_seconds_to_a_bound_by_hand(script, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--run', 'nowhere'], "no 'nowhere'"),
+    (['--run', 'nowhere'], "no 'nowhere'"), (['--run', 'nowhere', '--quick'], 'found --quick with --run'),
+    (['--nanogpt', 'README.md'], 'no model.py'), (['--checkpoint='], '--checkpoint is empty'),
     (['--out-dir', 'README.md/out'], 'cannot write'), (['--nanogpt', '/nowhere'], '--nanogpt'),
     (['--n_layers=3'], 'n_layers'), (['--nanogpt', 'model.py'], "is not nanoGPT's model.py"),
     (['--out_dir=foo'], 'wanted --out-dir'), (['--config', 'config/fit_sampler.py'], 'no stages to time')])
 def test_bad_input_is_one_line(script, arguments, message):
-    status, _, err = script('bench.py', *arguments, *SIZE[:-1])
+    status, _, err = script('bench.py', *arguments, *([] if '--run' in arguments else SIZE[:-1]))
     assert status == 2 and message in err and err.count('\n') == 1
+
+
+def test_a_file_of_another_program_is_not_replaced(script, tmp_path):
+    (tmp_path / 'bench.json').write_text('{"mine": 1}')
+    status, _, err = script('bench.py', '--quick', '--out-dir', tmp_path, *SIZE)
+    assert status == 2 and 'another program wrote' in err and (tmp_path / 'bench.json').read_text() == '{"mine": 1}'
 
 
 def test_a_model_that_memory_cannot_hold_is_one_line(script, tmp_path):

@@ -94,6 +94,30 @@ def test_a_new_run_does_not_replace_a_checkpoint(trained, refused, train):
     assert {entry['iter'] for entry in metrics_in(trained)} == {0, 1, 2}, 'metrics.jsonl begins anew with it'
 
 
+def test_a_new_run_does_not_erase_the_figures_of_one_whose_checkpoint_was_moved(trained, refused, train):
+    os.rename(trained / 'ckpt.pt', trained / 'keep.pt')
+    os.remove(trained / 'ckpt_best.pt')
+    before = (trained / 'metrics.jsonl').read_text()
+    assert 'has the figures of a run up to iteration 12' in refused(trained)
+    assert (trained / 'metrics.jsonl').read_text() == before
+    train(trained, '--overwrite=True', '--max_iters=8')
+    early = '{"iter": 5, "loss": 2.0}\n'    # of a run that had saved nothing
+    (trained / 'metrics.jsonl').write_text(early)
+    for name in os.listdir(trained):
+        if name.endswith('.pt'):
+            os.remove(trained / name)
+    train(trained, '--max_iters=8')
+
+
+def test_weights_that_overflow_are_refused(script, trained):
+    """Finite as float64, infinite as they are computed with: text of one letter, and quality nan."""
+    saved = checkpoint_in(trained)
+    saved['model']['wte.weight'] = saved['model']['wte.weight'].double() * 1e45
+    torch.save(saved, trained / 'big.pt')
+    status, _, err = script('sample_simple.py', '--out-dir', trained, '--checkpoint-name', 'big.pt')
+    assert status == 2 and 'not finite' in err and err.count('\n') == 1
+
+
 def test_a_new_run_beside_a_checkpoint_of_another_name_goes_on(trained, train):
     before = contents_of(trained)
     train(trained, *NO_HEADS, '--max_iters=1', '--checkpoint_name=second.pt')

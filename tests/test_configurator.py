@@ -18,7 +18,8 @@ def test_file_then_command_line(tmp_path):
 @pytest.mark.parametrize('line, message', [
     ('n_layers = 2', "unknown setting 'n_layers'.*'n_layer'"), ('n_layer = 2.0', "'n_layer'.*2.0.*int"),
     ('n_layer = True', "'n_layer'.*True.*int"), ('compile = 1', "'compile'.*bool"), ('dataset = 3', "'dataset'.*str"),
-    ('n_layer = ', 'does not run')])
+    ('n_layer = ', 'does not run'), ('import sys\nsys.exit(0)', 'does not run.*SystemExit'),
+    ('n_layer = 10 ** 5000', "'n_layer'.*more than 64 bits"), ('learning_rate = 10 ** 400', 'more than 64 bits')])
 def test_bad_file(tmp_path, line, message):
     file = tmp_path / 'c.py'
     file.write_text(line)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -83,6 +84,38 @@ def test_a_corpus_of_another_kind_is_not_replaced(tmp_path, monkeypatch):
         make()
     make(overwrite=True)
     assert json.loads(path.read_text())['kind'] == 'char'
+
+
+def test_files_of_another_program_are_not_replaced(tmp_path):
+    """A folder of nanoGPT has the same names and no meta.json. What a run that was killed has left is written again."""
+    make = lambda **more: corpus.prepare_text('same', 'to be or not ' * 20, 'test', data_dir=str(tmp_path), **more)
+    make()
+    (tmp_path / 'same' / 'meta.json').unlink()
+    make()
+    (tmp_path / 'same' / 'meta.json').unlink()
+    (tmp_path / 'same' / 'val.bin').write_bytes(b'mine')
+    with pytest.raises(InputError, match='without a meta.json of ours'):
+        make()
+    assert (tmp_path / 'same' / 'val.bin').read_bytes() == b'mine'
+    make(overwrite=True)
+    assert corpus.Corpus('same', str(tmp_path)).meta['source'] == 'test'
+
+
+def test_another_text_is_not_called_tiny_shakespeare(tmp_path, monkeypatch, capsys):
+    module = runpy.run_path(os.path.join(ROOT, 'data', 'shakespeare_char', 'prepare.py'))
+    monkeypatch.setattr(corpus, 'download', lambda *args: 'my own text ' * 20)
+    module['prepare'](str(tmp_path))
+    assert 'from input.txt, which is not tiny Shakespeare' in capsys.readouterr().out
+
+
+def test_linked_folders_are_named_and_a_suffix_needs_a_folder(tmp_path):
+    (tmp_path / 'mix').mkdir()
+    (tmp_path / 'mix' / 'a.txt').write_text('to be or not')
+    os.symlink(tmp_path, tmp_path / 'mix' / 'link')
+    done = prepare(tmp_path / 'mix', '--name', 'mine', '--data-dir', tmp_path)
+    assert done.returncode == 0 and "link' is a link to a folder, and is left out" in done.stdout
+    done = prepare(tmp_path / 'mix' / 'a.txt', '--suffix', '.md', '--name', 'one', '--data-dir', tmp_path)
+    assert done.returncode == 2 and 'which is no folder' in done.stderr
 
 
 def test_counts_that_cannot_be_are_one_line(toy_data):

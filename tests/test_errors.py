@@ -31,6 +31,24 @@ def test_bad_input_is_one_line_whatever_is_in_it():
     assert (done.returncode, done.stderr) == (2, 'error: a b\n')
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no device that is always full')
+def test_output_that_has_no_room_is_one_line():
+    """It was a traceback."""
+    done = subprocess.run(f'{sys.executable} train.py --help > /dev/full', shell=True, cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, 'error: cannot write the output: No space left on device; wanted room '
+                                                 'where it goes\n')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='closes a stream as a shell does')
+def test_a_closed_stream_ends_nothing():
+    """Without standard error a training ended at its first evaluation, for a bar asks whether that is a terminal."""
+    code = 'import progress, errors; errors.run(lambda: print(sum(progress.bar([1, 2], "steps")), flush=True))'
+    done = subprocess.run(f"{sys.executable} -c '{code}' 2>&-", shell=True, cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout) == (0, '3\n')
+
+
 def test_ctrl_c_while_torch_is_imported_is_one_word():
     done = python('import environment\nraise KeyboardInterrupt')
     assert done.returncode in (130, -2) and done.stderr == 'stopped\n'

@@ -37,6 +37,14 @@ def test_what_it_refuses(script, trained_once, tmp_path):
     assert taken.read_text() == 'mine' and not (tmp_path / 'new.pt').exists()
 
 
+def test_what_is_no_weight_is_one_line(script, trained, tmp_path):
+    saved = checkpoint_in(trained)
+    saved['model']['wte.weight'] = 5
+    torch.save(saved, tmp_path / 'odd.pt')
+    status, _, err = script('export.py', tmp_path / 'odd.pt', tmp_path / 'new.pt')
+    assert status == 2 and 'do not fit together' in err and err.count('\n') == 1
+
+
 def test_it_cannot_be_resumed_and_says_so(script, refused, trained_once, tmp_path):
     script('export.py', trained_once[0] / 'ckpt.pt', tmp_path / 'ckpt.pt')
     assert 'lacks best_val_loss, optimizer' in refused(tmp_path, '--init_from=resume', '--max_iters=20')

@@ -146,7 +146,8 @@ def test_a_full_disk_ends_the_run_where_it_is_told_or_at_the_end(refused, tmp_pa
 def test_figures_that_do_not_fit_are_lost_whole(tmp_path, monkeypatch, capsys):
     from types import SimpleNamespace
     import metrics_log
-    config = SimpleNamespace(out_dir=str(tmp_path), checkpoint_name='ckpt.pt', eval_only=False, wandb_log=False)
+    config = SimpleNamespace(out_dir=str(tmp_path), checkpoint_name='ckpt.pt', eval_only=False, wandb_log=False,
+                             overwrite=True)
     log = metrics_log.MetricsLog(config)
     log.write({'iter': 1, 'loss': 2.0})
 

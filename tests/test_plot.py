@@ -76,6 +76,19 @@ def test_panels_are_chosen_by_the_names_of_their_figures(drawn):
         drawn(runs, 'nelbo,one_pass_nll')
 
 
+def test_a_panel_shows_the_figure_that_was_asked_for(drawn):
+    """A run's bound was drawn where its likelihood was asked for, which it does not have."""
+    runs = {'a': entries(), 'b': [{'iter': it, 'split': 'val', 'nll': 2.0} for it in (0, 10, 20)]}
+    (axis,) = drawn(runs, 'nll').axes
+    assert len(lines(axis)) == 1
+    with pytest.raises(InputError, match="no figure 'nll' in these runs"):
+        drawn({'a': entries()}, 'nll')
+
+
+def test_a_name_is_no_formula(drawn, tmp_path):
+    drawn({'cost$a_$': entries()}).savefig(tmp_path / 'x.svg')
+
+
 def test_a_judges_validation_is_drawn_and_a_run_without_figures_is_refused(drawn):
     judge = [{'iter': it, 'split': 'val', 'loss': 0.7, 'rank_correlation': 0.5} for it in (0, 30)]
     assert titles(drawn({'a': judge})) == ["judge's loss, nats", "judge's rank correlation"]

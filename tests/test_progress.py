@@ -17,6 +17,7 @@ def test_durations(seconds, text):
 def test_a_bar_goes_to_a_terminal_alone_and_steps_are_kept(monkeypatch, capsys, terminal, rank, drawn):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal, raising=False)
     monkeypatch.setenv('RANK', rank)    # the first of several processes speaks
+    monkeypatch.setenv('WORLD_SIZE', '2')
     assert list(bar([1, 2, 3], 'evaluation')) == [1, 2, 3]
     out, err = capsys.readouterr()
     assert out == '' and ('evaluation' in err) == drawn

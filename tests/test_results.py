@@ -6,6 +6,7 @@ import os
 import pytest
 
 import figures
+import files
 import likelihood_table
 import report
 import results
@@ -85,8 +86,18 @@ def test_a_table_of_the_plans_that_are_asked_for(evaluated, models, tmp_path, mo
         ('sampler_head', 'speculative')]
     status, _, err = evaluated(*flags, 'zigzag', samples=False)
     assert status == 2 and "--plans has 'zigzag', wanted some of random,interleaved" in err
+    status, out, _ = evaluated('--likelihood', '--passes', '2,1000', '--plans', 'interleaved', '--overwrite',
+                               samples=False)
+    assert status == 0 and 'left out: --passes 1000, more than the 32 tokens of a sequence' in out
     status, _, err = evaluated('--plans', 'random')
     assert status == 2 and '--plans goes with --likelihood' in err
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(evaluated, tmp_path):
+    """Each wrote all it knew over what the other had added."""
+    with files.locked(str(tmp_path)):
+        status, _, err = evaluated('--likelihood', samples=False)
+    assert status == 2 and 'another run is writing to' in err
 
 
 @pytest.mark.parametrize('flags', [['--judge', 'x'], ['--decoders', 'wavefront'], ['--temperatures', '1'],

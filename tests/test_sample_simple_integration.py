@@ -1,6 +1,7 @@
 """sample_simple.py as a user runs it: every flag, the file that --save writes, and what it refuses."""
 import collections
 import json
+import os
 import re
 import shutil
 
@@ -26,6 +27,12 @@ def sample(script, trained_once):
         assert found == status, err
         return err if status else out
     return call
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no device that is always full')
+def test_samples_are_shown_where_they_cannot_be_saved(script, trained_once):
+    status, out, err = script('sample_simple.py', '--out-dir', trained_once[0], '--no-progress', '--save', '/dev/full')
+    assert status == 2 and len(samples(out)) == 4 and err.startswith("error: cannot write '/dev/full'"), err
 
 
 def test_every_flag(sample, tmp_path):

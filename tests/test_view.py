@@ -124,11 +124,23 @@ def test_bad_files_are_one_line(script, tmp_path, content, message):
     assert not (tmp_path / 'a.html').exists()
 
 
+def test_only_what_it_made_is_replaced(script, tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps(tiny()))
+    for name in ('a.html', 'a.svg'):
+        output = tmp_path / name
+        assert view(script, tmp_path / 'a.json', '-o', output)[0] == 0
+        assert view(script, tmp_path / 'a.json', '-o', output)[0] == 0
+        output.write_text('mine')
+        status, _, err = view(script, tmp_path / 'a.json', '-o', output)
+        assert status == 2 and 'would replace a file that another program wrote' in err and output.read_text() == 'mine'
+
+
 def test_bad_arguments_are_one_line(script, tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps(tiny()))
     path = tmp_path / 'a.json'
     for args, message in (([path] * 3, 'found 3 files'), ([path, '-o', path], 'wanted the name of a page'),
                           ([path, '-o', 'view.html'], 'wanted the name of a page'),
+                          ([path, '-o', tmp_path / 'a.html', '--sample', 0], 'found --sample 0 with a page'),
                           ([path, '-o', tmp_path / 'no' / 'a.html'], 'cannot write')):
         status, _, err = view(script, *args)
         assert status == 2 and err.count('\n') == 1 and message in err, err

@@ -8,9 +8,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import corpus
 
 
-def prepare(data_dir=corpus.DATA_DIR):
+def prepare(data_dir=corpus.DATA_DIR, overwrite=False):
     text = '\n'.join(text for topic, text in sorted(pydoc_data.topics.topics.items()))
-    corpus.prepare_text('pydoc_char', text, f'the manual of Python {platform.python_version()}', data_dir=data_dir)
+    source = f'the manual of Python {platform.python_version()}'
+    corpus.prepare_text('pydoc_char', text, source, data_dir=data_dir, overwrite=overwrite)
 
 
 if __name__ == '__main__':

@@ -7,8 +7,8 @@ import corpus
 from data.shakespeare_char.prepare import read
 
 
-def prepare(data_dir=corpus.DATA_DIR):
-    corpus.prepare_text('shakespeare', read(), 'tiny Shakespeare', kind='gpt2', data_dir=data_dir)
+def prepare(data_dir=corpus.DATA_DIR, overwrite=False):
+    corpus.prepare_text('shakespeare', *read(), kind='gpt2', data_dir=data_dir, overwrite=overwrite)
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 Uses input.txt in this folder, or downloads it there.
 """
+import hashlib
 import os
 import sys
 
@@ -14,11 +15,14 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def read():
-    return corpus.download(URL, os.path.join(HERE, 'input.txt'), SHA256)
+    """The text and what it is: input.txt may be another one."""
+    text = corpus.download(URL, os.path.join(HERE, 'input.txt'), SHA256)
+    same = hashlib.sha256(text.encode()).hexdigest() == SHA256
+    return text, 'tiny Shakespeare' if same else 'input.txt, which is not tiny Shakespeare'
 
 
-def prepare(data_dir=corpus.DATA_DIR):
-    corpus.prepare_text('shakespeare_char', read(), 'tiny Shakespeare', data_dir=data_dir)
+def prepare(data_dir=corpus.DATA_DIR, overwrite=False):
+    corpus.prepare_text('shakespeare_char', *read(), data_dir=data_dir, overwrite=overwrite)
 
 
 if __name__ == '__main__':

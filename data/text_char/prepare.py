@@ -20,7 +20,7 @@ def parser():
     parser = argparse.ArgumentParser(description='Prepare a corpus from any UTF-8 text.')
     parser.add_argument('path', help='the text file, or a folder of them')
     parser.add_argument('--name', default='text_char', help='of the corpus, a folder in data/ (default: text_char)')
-    parser.add_argument('--suffix', default='.txt', help='in a folder, read the files whose names end so, those of '
+    parser.add_argument('--suffix', help='in a folder, read the files whose names end so, those of '
                         'folders in it too (default: .txt)')
     parser.add_argument('--byte-pairs', action='store_true', help="GPT-2's byte pairs in place of characters")
     parser.add_argument('--data-dir', default=corpus.DATA_DIR, help='where corpora are kept (default: data/)')
@@ -31,12 +31,20 @@ def parser():
 def read(path, suffix):
     """Text of a file, or of all files of a folder in the order of their names, a line break between them."""
     if not os.path.isdir(path):
+        if suffix is not None:
+            raise errors.InputError(f'found --suffix {suffix!r} with {path!r}, which is no folder; leave it out')
         return corpus.read_text(path)
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                   if name.endswith(suffix))
+    suffix, files = '.txt' if suffix is None else suffix, []
+
+    def refuse(error):
+        raise errors.InputError(f'cannot read {error.filename!r}: {error.strerror}; wanted folders that can be read')
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        files += [os.path.join(folder, name) for name in names if name.endswith(suffix)]
+        for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+            print(f'note: {link!r} is a link to a folder, and is left out')
     if not files:
         raise errors.InputError(f'no file in {path!r} ends in {suffix!r}; give another --suffix')
-    return '\n'.join(corpus.read_text(file) for file in bar(files, 'reading'))
+    return '\n'.join(corpus.read_text(file) for file in bar(sorted(files), 'reading'))
 
 
 def main():
