@@ -94,8 +94,6 @@ def arguments():
                          '--config config/train_char_diffusion_sampler.py, or both heads')
     config.device = pick_device(config.device)
     config.dtype = pick_dtype(config.dtype, config.device)
-    make_folder(args.out_dir)
-    require_own(os.path.join(args.out_dir, 'bench.json'), b'{\n  "machine"', 'the result')
     return args, config, settings
 
 
@@ -212,7 +210,7 @@ class Decoding:
 
 
 class Autoregressive:
-    """Text from one token by the causal model with the same trunk with its key-value cache.
+    """Text from one token by a causal model, whose trunk has the same size, with its key-value cache.
 
     Beyond the block the window slides, see autoregressive.generate: its later half is read anew when it is full.
     """
@@ -258,7 +256,7 @@ def parts_timed(clock):
 
 
 def models(args, config):
-    """The masked-diffusion model with its heads, and a causal one of the same trunk."""
+    """The masked-diffusion model with its heads, and a causal one with a trunk of the same size."""
     torch.manual_seed(config.seed)
     if args.checkpoint:
         model, _, _ = load_model(args.checkpoint)
@@ -365,6 +363,9 @@ def main():
         return
     if args.peak_of:
         return peak_of(args, config, args.peak_of)
+    path = os.path.join(args.out_dir, 'bench.json')
+    make_folder(args.out_dir)
+    require_own(path, b'{\n  "machine"', 'the result')
     # 1. rows
     model, causal = models(args, config)
     rate = matmul_rate(config.device, DTYPES[config.dtype])
@@ -391,7 +392,6 @@ def main():
     naive, wavefront = (memory.get(name) for name in MEMORY)
     result['ratios']['wavefront_over_naive_15_memory_batch32'] = wavefront / max(1, naive) if memory else None
     print('\n' + table(result))
-    path = os.path.join(args.out_dir, 'bench.json')
     write_atomically(path, json.dumps(result, indent=2).encode())
     print(f'saved {path}')
 

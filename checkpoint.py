@@ -189,7 +189,8 @@ def model_config(saved, path):
         raise InputError(f'{path!r} has vocab_size={config.vocab_size}, its corpus {saved["corpus"]["vocab_size"]}')
     memory.require(memory.of_model(config), 'cpu', repr(path))
     check_weights(saved['model'], memory.skeleton(config).state_dict(), path)
-    require_finite({name: weight.float() for name, weight in saved['model'].items()}, path)    # float64 may hold more
+    for name, weight in saved['model'].items():
+        require_finite({name: weight.float()}, path)    # float64 may hold more
     return config
 
 

@@ -96,7 +96,9 @@ def read_text(path):
 
 
 def download(url, path, sha256, timeout=10):
-    """The text at path, fetched from url unless it is there; what is fetched appears whole and verified, or not at all.
+    """The text at path, fetched from url unless it is there: what is fetched appears whole and verified or not at all.
+
+    sha256: of the file at url.
     """
     if not os.path.exists(path):
         try:
@@ -150,10 +152,10 @@ def prepare_text(name, text, source, kind='char', data_dir=DATA_DIR, overwrite=F
 
 
 def require_same_ids(path, ids):
-    """InputError where path, beside which no meta.json tells what it is, holds other ids: another program's."""
+    """InputError where path, beside which no meta.json tells what it is, holds other ids, as another program's do."""
     if os.path.exists(path) and (os.path.getsize(path) != ids.nbytes or (np.fromfile(path, np.uint16) != ids).any()):
-        raise InputError(f'{path!r} is there without a meta.json of ours, as of another program; give another name, or '
-                         f'replace it with --overwrite')
+        raise InputError(f'{path!r} holds another text, and no meta.json beside it says which; delete the file, '
+                         f'prepare the corpus with --overwrite, or under another name')
 
 
 def run(prepare, description):

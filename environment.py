@@ -8,7 +8,7 @@ import os
 import sys
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))    # noqa: SIM115
+sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))
 
 
 def rank_and_world():

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from environment import rank_and_world
 
@@ -31,7 +31,8 @@ def within(source):
 
 
 def say(error):
-    print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
+    with suppress(OSError):    # as where standard error has no room either
+        print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
 
 
 def run(main):
@@ -50,9 +51,10 @@ def run(main):
         say(error)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in STATUS:
+        if error.errno not in STATUS or error.filename:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # else what is buffered fails once more
+        with suppress(OSError):    # a stream without a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # else what is buffered fails once more
         if error.errno == errno.ENOSPC:
             say(f'cannot write the output: {error.strerror}; wanted room where it goes')
         sys.exit(STATUS[error.errno])

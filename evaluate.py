@@ -23,7 +23,6 @@ import platform
 import shlex
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -42,7 +41,7 @@ from corpus import DATA_DIR, Corpus, bits_per_nat
 from device import DTYPES, autocast, pick_device, pick_dtype
 from distributed import Processes, leave
 from errors import InputError, run
-from files import locked, make_folder, write_atomically
+from files import make_folder, write_atomically
 from judge import Judge
 from metrics import LONG, Reference, describe
 from ngram import NGram
@@ -337,8 +336,7 @@ def evaluate(args, processes):
 def main():
     args = arguments()
     with Processes(pick_device(args.device)) as processes, processes.first_speaks():
-        with locked(args.out_dir) if processes.master_process else nullcontext():
-            ended_by = evaluate(args, processes)
+        ended_by = evaluate(args, processes)
     leave(128 + ended_by if ended_by else 0)
 
 

@@ -110,7 +110,8 @@ def require_own(path, beginning, flag):
     except OSError as error:
         raise InputError(f'{flag} {path!r}: {error.strerror}') from error
     if found and found != beginning:
-        raise InputError(f'{flag} {path!r} would replace a file that another program wrote; give another name')
+        raise InputError(f'{flag} {path!r} would replace a file that holds something else; give another name, or '
+                         f'delete it')
 
 
 def require_file(path, wanted):

@@ -36,7 +36,7 @@ ROUNDS = 3         # of the seconds, after a warm-up
 FRONTS = (4, 16)
 PASSES = (1, 2, 4, 8, 16)
 # how tables and figures say the decoders of likelihood.json
-NAMES = {'naive': 'naive', 'sampler_head': 'sampler head', 'ar_baseline': 'autoregressive, same trunk',
+NAMES = {'naive': 'naive', 'sampler_head': 'sampler head', 'ar_baseline': 'autoregressive, same-size trunk',
          'nelbo': 'transformer alone (bound)'}
 HIGHEST = 1.4      # of the figure's bits, as a multiple of the lowest: what is above is named at the edge
 COLUMNS = ('decoder', 'plan', 'forward passes', 'steps', 'nats per token', 'minus autoregression',
@@ -249,7 +249,7 @@ def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
     processes.of_first(prepare)
     length = evaluation.model.config.block_size
     if too_many := [n for n in passes if n > length]:
-        print(f'left out: --passes {joined(too_many)}, more than the {length} tokens of a sequence')
+        print(f'left out: {joined(too_many)} passes, for a sequence has {length} tokens')
     entries = measure(evaluation, decoders, progress)
     if not processes.master_process:
         return

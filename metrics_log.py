@@ -5,9 +5,10 @@ Strict JSON: a figure that is not a number, such as the rank correlation of cons
 import json
 import math
 import os
+from itertools import count
 
 import checkpoint
-from errors import InputError
+from errors import InputError, WriteError
 from files import require_file, write_atomically
 
 LARGEST = 1e30    # of any figure: beyond, there is nothing to show
@@ -16,8 +17,9 @@ LARGEST = 1e30    # of any figure: beyond, there is nothing to show
 class MetricsLog:
     """Appends entries {'iter': ..., 'split': 'train' or 'val' if of an evaluation, figures}.
 
-    A run from scratch begins the file anew; one resumed from the checkpoint saved keeps what came before that and
-    leaves out what it will write again. InputError where the file cannot be written.
+    A run from scratch begins the file anew, and keeps one that it finds under another name; one resumed from the
+    checkpoint saved keeps what came before that and leaves out what it will write again. InputError where the file
+    cannot be written.
     """
 
     def __init__(self, config, saved=None):
@@ -34,7 +36,7 @@ class MetricsLog:
         if os.path.lexists(self.path):
             require_file(self.path, 'the metrics of a run, or nothing')
         if not (saved or config.overwrite):
-            require_nothing_to_lose(self.path, config)
+            keep_aside(self.path)
         kept = read(self.path, saved['iter_num'], saved.get('evaluated', True)) if saved else []
         write_atomically(self.path, ''.join(map(line, kept)).encode())
         if self.wandb:
@@ -62,13 +64,16 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def require_nothing_to_lose(path, config):
-    """InputError where path holds the figures of a run that had saved a checkpoint, which lies elsewhere now."""
-    first = min(interval for interval in (config.save_interval, config.eval_interval) if interval)
-    last = max((entry['iter'] for entry in read(path, math.inf)), default=0)
-    if last > first:
-        raise InputError(f'{path!r} has the figures of a run up to iteration {last}, whose checkpoint is not there; '
-                         f'choose another --out_dir, or replace them with --overwrite=True')
+def keep_aside(path):
+    """Give figures that a new run finds at path, of one whose checkpoint is not there, a name of their own."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return
+    kept = next(name for name in (f'{path}.{n}' for n in count(1)) if not os.path.lexists(name))
+    try:
+        os.rename(path, kept)
+    except OSError as error:
+        raise WriteError(f'cannot rename {path!r}: {error.strerror}; wanted a folder that can be written') from error
+    print(f'note: {path!r} held the figures of another run, which are kept as {kept!r}')
 
 
 def line(entry):

@@ -133,7 +133,7 @@ def check_together(c):
     if c.text_masking and (c.model_mode == 'sequence_scorer' or c.attention_type != 'causal' and not c.block_rows):
         raise InputError(f'text_masking={c.text_masking:g} where nothing is read from left to right; wanted 0, a '
                          f'language model with block_rows, or attention_type=causal')
-    if c.freeze_trunk and c.init_from == 'scratch' and not c.trunk_checkpoint:
+    if c.freeze_trunk and c.init_from == 'scratch' and not (c.trunk_checkpoint or c.eval_only):
         raise InputError('freeze_trunk=True with a fresh trunk, which would stay as random as it is; wanted '
                          'trunk_checkpoint, or init_from=resume')
     if c.trunk_checkpoint and (c.attention_type, c.model_mode) != ('bidirectional', 'language_model'):

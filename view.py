@@ -53,7 +53,7 @@ def main():
                          f'-o decoding.svg')
     saves = [(path, read(path)) for path in args.files]
     made = (picture(saves, args.sample or 0) if is_picture else page(saves)).encode(errors='replace')
-    require_own(args.output, made[:made.index(b'view.py')], '-o')    # in the first lines
+    require_own(args.output, made[:made.index(b'view.py') + 7], '-o')    # its name is in the first lines
     write_atomically(args.output, made)
     print(f'saved {args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, open it in a browser')
 

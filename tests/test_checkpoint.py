@@ -94,19 +94,16 @@ def test_a_new_run_does_not_replace_a_checkpoint(trained, refused, train):
     assert {entry['iter'] for entry in metrics_in(trained)} == {0, 1, 2}, 'metrics.jsonl begins anew with it'
 
 
-def test_a_new_run_does_not_erase_the_figures_of_one_whose_checkpoint_was_moved(trained, refused, train):
-    os.rename(trained / 'ckpt.pt', trained / 'keep.pt')
-    os.remove(trained / 'ckpt_best.pt')
+def test_a_new_run_keeps_the_figures_of_one_whose_checkpoint_was_moved(trained, train):
+    """They were erased without a word."""
     before = (trained / 'metrics.jsonl').read_text()
-    assert 'has the figures of a run up to iteration 12' in refused(trained)
-    assert (trained / 'metrics.jsonl').read_text() == before
-    train(trained, '--overwrite=True', '--max_iters=8')
-    early = '{"iter": 5, "loss": 2.0}\n'    # of a run that had saved nothing
-    (trained / 'metrics.jsonl').write_text(early)
-    for name in os.listdir(trained):
-        if name.endswith('.pt'):
+    for n in (1, 2):
+        for name in ('ckpt.pt', 'ckpt_best.pt'):
             os.remove(trained / name)
-    train(trained, '--max_iters=8')
+        assert f"are kept as '{trained / 'metrics.jsonl'}.{n}'" in train(trained)
+    assert (trained / 'metrics.jsonl.1').read_text() == before and (trained / 'metrics.jsonl.2').exists()
+    train(trained, '--overwrite=True')
+    assert not (trained / 'metrics.jsonl.3').exists()
 
 
 def test_weights_that_overflow_are_refused(script, trained):

@@ -93,10 +93,11 @@ def test_files_of_another_program_are_not_replaced(tmp_path):
     (tmp_path / 'same' / 'meta.json').unlink()
     make()
     (tmp_path / 'same' / 'meta.json').unlink()
-    (tmp_path / 'same' / 'val.bin').write_bytes(b'mine')
-    with pytest.raises(InputError, match='without a meta.json of ours'):
+    ours = (tmp_path / 'same' / 'val.bin').read_bytes()
+    (tmp_path / 'same' / 'val.bin').write_bytes(mine := bytes(len(ours)))
+    with pytest.raises(InputError, match='holds another text, and no meta.json'):
         make()
-    assert (tmp_path / 'same' / 'val.bin').read_bytes() == b'mine'
+    assert (tmp_path / 'same' / 'val.bin').read_bytes() == mine
     make(overwrite=True)
     assert corpus.Corpus('same', str(tmp_path)).meta['source'] == 'test'
 

@@ -110,8 +110,9 @@ def test_the_table_of_gaps(evaluated, tmp_path, monkeypatch):
         assert f'{title}:\n\n| decoder | forward passes | gap of 4 |' in out
     assert '| naive, revised | ' in out and '| the text itself | - |' in out and '| head minus naive, revised | ' in out
     by_hand = [e['values'] for e in entries if (e['measure'], e['passes']) == ('nats_per_token', 1)]
-    less = np.subtract(*by_hand[::-1])
-    assert f'| head minus naive | 1 | {less.mean():.3f} ±{less.std(ddof=1) / len(less) ** 0.5:.3f} |' in out
+    difference = np.subtract(*by_hand[::-1])
+    assert (f'| head minus naive | 1 | {difference.mean():.3f} '
+            f'±{difference.std(ddof=1) / len(difference) ** 0.5:.3f} |') in out
     before = (tmp_path / 'gaps.json').read_bytes()
     assert evaluated('--gaps', evaluator='', samples=False)[0] == 0
     status, _, err = evaluated('--gaps', '--seed', 7, evaluator='', samples=False)

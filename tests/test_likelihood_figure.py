@@ -35,7 +35,7 @@ def test_a_point_beyond_the_axis_is_named(key):
 def test_the_table_says_decoders_in_plain_words():
     lines = table(ENTRIES).splitlines()[2:]
     assert [line.split(' | ')[0].strip('| ') for line in lines] == [
-        'transformer alone (bound)', 'autoregressive, same trunk', 'naive', 'naive', 'naive', 'sampler head']
+        'transformer alone (bound)', 'autoregressive, same-size trunk', 'naive', 'naive', 'naive', 'sampler head']
 
 
 def test_differences_are_paired():

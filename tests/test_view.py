@@ -130,9 +130,9 @@ def test_only_what_it_made_is_replaced(script, tmp_path):
         output = tmp_path / name
         assert view(script, tmp_path / 'a.json', '-o', output)[0] == 0
         assert view(script, tmp_path / 'a.json', '-o', output)[0] == 0
-        output.write_text('mine')
+        output.write_text(mine := '<!DOCTYPE html>\n<!-- saved from elsewhere -->')
         status, _, err = view(script, tmp_path / 'a.json', '-o', output)
-        assert status == 2 and 'would replace a file that another program wrote' in err and output.read_text() == 'mine'
+        assert status == 2 and 'would replace a file that holds something else' in err and output.read_text() == mine
 
 
 def test_bad_arguments_are_one_line(script, tmp_path):
