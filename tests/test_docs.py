@@ -159,7 +159,7 @@ def run_here(folder, script, args):
     elif script == 'bench.py':
         if '--nanogpt' in args:    # which is not here
             args = args[:args.index('--nanogpt')] + args[args.index('--nanogpt') + 2:]
-        more = ['--rounds', 1, '--quick', *SMALL]
+        more = [] if '--run' in args else ['--rounds', 1, '--quick', *SMALL]
     else:
         more = []
     status, out, err = run_script(script, *args, *more, cwd=folder)
