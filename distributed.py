@@ -15,7 +15,7 @@ import heartbeat
 from environment import rank_and_world
 from errors import InputError
 
-TORCHRUN = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+TORCHRUN = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 LONGEST = timedelta(hours=3)    # that the others wait for the first, which evaluates and saves; heartbeat.py is quicker
 
 
@@ -25,7 +25,8 @@ class Processes:
     def __init__(self, device, shard=False):
         """device 'cuda', 'mps' or 'cpu'; .device is this process's own. shard: several divide the model among them."""
         self.rank, self.world = rank_and_world()
-        said = {name: os.environ.get(name, '') for name in TORCHRUN}
+        names = TORCHRUN + ('LOCAL_RANK',) * (device == 'cuda')
+        said = {name: os.environ.get(name, '') for name in names}
         if (said['WORLD_SIZE'] or '1') != str(self.world) or self.world > 1 and (
                 '' in said.values() or not 0 <= self.rank < self.world):
             raise InputError(f'the environment has {", ".join(f"{name}={value}" for name, value in said.items())}; '

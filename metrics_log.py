@@ -68,6 +68,7 @@ def keep_aside(path):
     """Give figures that a new run finds at path, of one whose checkpoint is not there, a name of their own."""
     if not os.path.exists(path) or not os.path.getsize(path):
         return
+    path = os.path.realpath(path)    # a link stays
     kept = next(name for name in (f'{path}.{n}' for n in count(1)) if not os.path.lexists(name))
     try:
         os.rename(path, kept)

@@ -84,7 +84,7 @@ sampler_min_neighbors_ratio = 0.01  # share of a sequence that is filled first w
 sampler_context = 8         # neighbours on each side that the head sees
 sampler_width = 128         # channels of the head
 sampler_state = 192         # of its recurrent state
-sampler_rows = 16           # sequences filled from left to right for the head, at least block_rows; by wave 3/4 as many
+sampler_rows = 16           # sequences on which the head learns to fill from left to right; in waves on 3/4 as many
 # critic head
 add_critic_head = False     # in stage 3
 start_critic_iteration = 3000       # stage 3 begins

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import metrics_log
 from conftest import NO_HEADS, checkpoint_in, contents_of, metrics_in, tiny_model
 from errors import InputError
 
@@ -104,6 +105,13 @@ def test_a_new_run_keeps_the_figures_of_one_whose_checkpoint_was_moved(trained, 
     assert (trained / 'metrics.jsonl.1').read_text() == before and (trained / 'metrics.jsonl.2').exists()
     train(trained, '--overwrite=True')
     assert not (trained / 'metrics.jsonl.3').exists()
+
+
+def test_a_link_to_figures_stays_where_they_are_kept_aside(tmp_path):
+    (tmp_path / 'elsewhere').write_text('old')
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'metrics.jsonl')
+    metrics_log.keep_aside(str(tmp_path / 'metrics.jsonl'))
+    assert os.path.islink(tmp_path / 'metrics.jsonl') and (tmp_path / 'elsewhere.1').read_text() == 'old'
 
 
 def test_weights_that_overflow_are_refused(script, trained):
