@@ -14,8 +14,10 @@ def pyplot():
 
 def save(figure, stem):
     """Write a matplotlib figure as stem.png and stem.svg and close it. WriteError where it cannot, on a full disk."""
-    for kind in ('png', 'svg'):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=120)
-        write_atomically(f'{stem}.{kind}', buffer.getvalue())
-    pyplot().close(figure)
+    try:
+        for kind in ('png', 'svg'):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=120)
+            write_atomically(f'{stem}.{kind}', buffer.getvalue())
+    finally:
+        pyplot().close(figure)
