@@ -49,7 +49,6 @@ def list_decoders(model, passes, plans=()):
     plans: the names of those that are wanted, () for all. InputError for one that has no line.
     """
     T = model.config.block_size
-    passes = [n for n in passes if n <= T]
     found = [('naive', plan, n) for plan in ('random', 'interleaved') for n in passes]
     found += [('naive', 'blocks', T)]    # one token in each pass: how the trunk reads text
     if model.sampler_head is not None:
@@ -239,7 +238,8 @@ def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
     InputError, before anything is measured, where it holds those of another identity and may not overwrite them.
     """
     path, processes = os.path.join(out_dir, 'likelihood'), evaluation.processes
-    decoders = list_decoders(evaluation.model, passes, plans)
+    length = evaluation.model.config.block_size
+    decoders = list_decoders(evaluation.model, [n for n in passes if n <= length], plans)
 
     def prepare():
         make_folder(out_dir)
@@ -247,7 +247,6 @@ def write(evaluation, passes, plans, out_dir, progress, identity, overwrite):
             require_file(f'{path}.json', 'results that evaluate.py wrote, or nothing')
             results.require_identity(f'{path}_identity.json', identity)
     processes.of_first(prepare)
-    length = evaluation.model.config.block_size
     if too_many := [n for n in passes if n > length]:
         print(f'left out: {joined(too_many)} passes, for a sequence has {length} tokens')
     entries = measure(evaluation, decoders, progress)

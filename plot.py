@@ -84,17 +84,16 @@ def panels_of(runs, only=None):
     runs: {name: entries}. InputError where no run has a figure that is drawn, or that was named.
     """
     found = {(name, 'split' in e) for entries in runs.values() for e in entries for name in e}
-    there = lambda names, source: tuple(name for name in names if (name, source == 'evaluation') in found)
-    panels = [(there(names, source), title, source) for names, title, source in PANELS if there(names, source)]
-    if not panels:
+    known = [name for names, _, source in PANELS for name in names if (name, source == 'evaluation') in found]
+    if not known:
         raise InputError(f'{", ".join(runs)}: no figures that plot.py draws; wanted the metrics of a run of train.py')
-    known = [name for names, *_ in panels for name in names]
     wanted = known if only is None else only.split(',')
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise InputError(f'--only {only}: no figure {unknown[0]!r} in these runs; wanted some of {",".join(known)}')
-    chosen = ((tuple(name for name in names if name in wanted), title, source) for names, title, source in panels)
-    return [panel for panel in chosen if panel[0]]
+    panels = [(tuple(name for name in names if name in wanted and (name, source == 'evaluation') in found), title,
+               source) for names, title, source in PANELS]
+    return [panel for panel in panels if panel[0]]
 
 
 def draw(runs, panels):
@@ -107,8 +106,9 @@ def draw(runs, panels):
         axis.remove()
     for axis, (names, title, source) in zip(axes.flat, panels):
         for number, entries in enumerate(runs.values()):
-            for name in (name for name in names if any(name in entry for entry in entries)):
-                draw_run(axis, entries, name, source, f'C{number}')
+            for name in names:
+                if any(name in entry for entry in entries):
+                    draw_run(axis, entries, name, source, f'C{number}')
         axis.set(title=title, xlabel='iteration')
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
